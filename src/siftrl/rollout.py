@@ -1,0 +1,299 @@
+"""What siftrl needs of a rollout engine, on transformers and on vLLM.
+
+Seeded rollouts: with `seeds`, each completion depends on the weights, its prompt and its own seed alone. The batch it
+shares, the number of ranks and the completions before it do not matter, so a run resumes exactly and a run on 2 ranks
+sees the rollouts of a run on 1 (up to the rounding of the engine's kernels).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutOptions:
+    """What siftrl adds to TRL's own generation settings.
+
+    seeded: seed every completion (see above); None: whenever a selector is on.
+    max_logprob_drift: after a weight sync to vLLM, the largest mean difference between the engine's and the trainer's
+        log-probabilities of the probe's tokens; beyond it the run stops. None: no probe.
+    engine_args: further arguments of `vllm.LLM`, colocated mode only.
+    """
+
+    seeded: bool | None = None
+    max_logprob_drift: float | None = 0.1
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """Token ids of each completion (with its EOS, if it came to one), and their log-probabilities where known."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float | None]] | None = None
+
+
+class Engine(Protocol):
+    """Draws one completion for each prompt. A prompt that is wanted G times is given G times."""
+
+    def generate(
+        self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
+    ) -> Completions: ...
+
+
+def row_seeds(*key: int, rows: range) -> list[int]:
+    """One 62-bit seed for each global row, from the run's seed, the rollout's number and the like."""
+    return [int.from_bytes(hashlib.blake2b(repr((*key, row)).encode(), digest_size=8).digest()) >> 2 for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------- transformers
+
+
+def uniform_from(seeds: Tensor, position: int) -> Tensor:
+    """One number in [0, 1) for each seed at this token position: float64 [B] from int64 [B].
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on seed + position · golden ratio.
+    """
+    x = seeds + torch.tensor(position + 1, dtype=torch.int64) * -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift_right(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() / 2.0**53
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (unsigned) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class _SeededSampler(LogitsProcessor):
+    """Samples by inverting the distribution function at one number a row and position, and forces that token."""
+
+    def __init__(self, sampling: Sampling, seeds: Tensor) -> None:
+        self.seeds = seeds
+        self.position = 0
+        self.warpers = LogitsProcessorList()
+        if sampling.temperature != 1.0:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p:
+            self.warpers.append(MinPLogitsWarper(sampling.min_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: int64 [B, T]; scores: float [B, V] -> [B, V], all but the drawn token at -inf."""
+        warped = self.warpers(input_ids, scores)  # type: ignore[arg-type]
+        probabilities = warped.float().softmax(-1)
+        cumulative = probabilities.double().cumsum(-1)
+        # the last entry may round to less than 1: scale the draw instead of reaching past the end
+        draw = uniform_from(self.seeds, self.position).unsqueeze(1) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, draw, right=True).clamp(max=scores.size(1) - 1)
+        self.position += 1
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+class TransformersEngine:
+    """Rollouts through `model.generate`."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int] | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.eos_ids = eos_ids or [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
+        device = next(self.model.parameters()).device
+        width = max(map(len, prompt_ids))
+        pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompt_ids], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+        options: dict[str, Any] = {"repetition_penalty": sampling.repetition_penalty}
+        processors = LogitsProcessorList()
+        if sampling.temperature == 0:
+            options["do_sample"] = False
+        elif seeds is not None:
+            options["do_sample"] = False
+            processors.append(_SeededSampler(sampling, torch.tensor(seeds, device=device)))
+        else:
+            options |= asdict(sampling) | {"do_sample": True}
+            del options["max_tokens"]
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            pad_token_id=pad,
+            eos_token_id=self.eos_ids,
+            disable_compile=True,
+            **options,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            rows = self.model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+            )
+        finally:
+            self.model.train(was_training)
+        return Completions([_until_eos(row, set(self.eos_ids)) for row in rows[:, width:].tolist()])
+
+
+def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in eos_ids:
+            return ids[: position + 1]
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------------- vLLM
+
+
+def vllm_generate(
+    llm: LLM, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None, **options: Any
+) -> Completions:
+    """One completion a prompt from an in-process vLLM; `options` go to its SamplingParams."""
+    from vllm import SamplingParams
+
+    common = asdict(sampling) | {"logprobs": 0} | options
+    each_seed: list[Any] = seeds or [None] * len(prompt_ids)
+    params = [SamplingParams(**common, seed=seed) for seed in each_seed]
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    logprobs, _ = extract_logprobs(outputs)
+    return Completions(
+        ids=[list(output.outputs[0].token_ids) for output in outputs],
+        logprobs=None if logprobs is None else [[token[0] for token in row] for row in logprobs],
+    )
+
+
+class VLLMEngine:
+    """Rollouts through a vLLM of its own, for evaluation. Trainers use `ColocatedVLLM`."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    @classmethod
+    def from_path(cls, path: str, **engine_args: Any) -> VLLMEngine:
+        from vllm import LLM
+
+        prepare_cpu_vllm()
+        return cls(LLM(model=path, **(cpu_engine_args() | engine_args)))
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
+        return vllm_generate(self.llm, prompt_ids, sampling, seeds)
+
+
+def prepare_cpu_vllm() -> None:
+    """Settings that vLLM reads from the environment when it runs on CPUs; what is set already stays."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks on one machine must share its cores
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def cpu_engine_args() -> dict[str, Any]:
+    """vLLM arguments that CPUs need: kernels are compiled for GPUs only, and float32 matches the trainer."""
+    return {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
+
+
+class ColocatedVLLM(VLLMGeneration):
+    """TRL's colocated vLLM with further engine arguments, seeds, and a weight sync that works on CPUs."""
+
+    def __init__(self, *args: Any, engine_args: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.engine_args = cpu_engine_args() | (engine_args or {})
+        prepare_cpu_vllm()
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        build: Any = vllm_generation.LLM
+        # TRL calls LLM(...) with a fixed list of arguments
+        with replaced(vllm_generation, "LLM", lambda **fixed: build(**(fixed | self.engine_args))):
+            super()._init_vllm()
+
+    def sync_weights(self) -> None:
+        if self.mode == "server" or torch.cuda.is_available():
+            super().sync_weights()
+            return
+        # vLLM repacks weights for its CPU kernels, so its per-tensor loaders are gone; reload_weights repacks anew
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.reload_weights(weights_iterator=self._iter_named_params())
+        self.llm.reset_prefix_cache()
+
+    def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
+        """Like `generate`, for text prompts on one engine a rank, with one seed for each completion."""
+        if self.enable_sleep_mode:
+            if self._llm_weights_sleeping:
+                self.sync_weights()
+            self.llm.wake_up(tags=["kv_cache"])
+        completions = vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2)
+            self._llm_weights_sleeping = True
+        return completions
+
+
+class TrainerVLLM:
+    """The trainer's own vLLM as an `Engine`, for evaluation and rollouts of text prompts."""
+
+    def __init__(self, generation: VLLMGeneration) -> None:
+        self.generation = generation
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
+        if isinstance(self.generation, ColocatedVLLM) and self.generation.mode == "colocate":
+            return self.generation.generate_seeded(prompt_ids, sampling, seeds)
+        changed = asdict(sampling) | {"max_completion_length": sampling.max_tokens}
+        del changed["max_tokens"]
+        before = {name: getattr(self.generation, name) for name in changed}
+        try:  # a server takes its sampling settings from the client's attributes
+            vars(self.generation).update(changed)
+            _, ids, logprobs, _ = self.generation.generate(prompt_ids, None, num_generations=1)
+        finally:
+            vars(self.generation).update(before)
+        return Completions(ids, None if logprobs is None else [[token[0] for token in row] for row in logprobs])
+
+
+@contextmanager
+def replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Let `module.name` be `stand_in` for a while: the way past a fixed constructor call inside TRL."""
+    original = getattr(module, name)
+    setattr(module, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

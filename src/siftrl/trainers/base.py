@@ -1,0 +1,99 @@
+"""What siftrl's trainers add to TRL's, whatever is trained: timing, the NaN stop, logs, complete checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from siftrl import distributed, state
+from siftrl.run import Clock, Recorder
+
+
+class SiftMixin:
+    """Put before a TRL trainer in the bases; set up with `_init_sift` once the trainer is built."""
+
+    args: Any
+    accelerator: Any
+    state: Any
+    recorder: Recorder | None
+    clock: Clock
+
+    def _init_sift(self, recorder: Recorder | None) -> None:
+        self.recorder = recorder
+        self.clock = Clock()
+        self.add_callback(_OptimizerTimer(self.clock))  # type: ignore[attr-defined]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        with self.clock("policy_update"):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} in step {self.state.global_step + 1}: lower learning_rate, or look at "
+                    "the data and the rewards of this step; the last checkpoint is untouched"
+                )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]
+        if self.recorder is not None and distributed.is_main():
+            self.recorder.metrics(self.state.global_step, logs)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def sift_state(self) -> dict[str, Any]:
+        """What the checkpoint holds beyond TRL's, the same on every rank: plain containers and tensors."""
+        return {"seconds": self.clock.seconds}
+
+    def load_sift_state(self, saved: dict[str, Any]) -> None:
+        """Go on from `sift_state()`'s answer."""
+        self.clock.seconds.update(saved["seconds"])
+
+    def rank_state(self) -> dict[str, Any]:
+        """What the checkpoint holds of this rank alone."""
+        return {}
+
+    def load_rank_state(self, saved: dict[str, Any]) -> None:
+        """Go on from `rank_state()`'s answer."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if rank_state := self.rank_state():
+            state.save_file(folder / f"siftrl_rank{distributed.rank()}.pt", rank_state)
+        if distributed.is_main():
+            state.save_file(folder / "siftrl.pt", self.sift_state())
+        distributed.barrier()  # all files are there before the checkpoint is called complete
+        if distributed.is_main():
+            state.seal(folder, step=self.state.global_step, world_size=distributed.world_size())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / "siftrl.pt").is_file():
+            raise ValueError(f"{checkpoint} holds no siftrl.pt: it was not written by siftrl's trainer")
+        self.load_sift_state(state.load_file(folder / "siftrl.pt"))
+        if (mine := folder / f"siftrl_rank{distributed.rank()}.pt").is_file():
+            self.load_rank_state(state.load_file(mine))
+        if self.recorder is not None and distributed.is_main():
+            self.recorder.rewind(state.step_of(folder))
+
+
+class _OptimizerTimer(TrainerCallback):
+    """The optimizer's step lies between two events of the training loop, outside of `training_step`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._timing: Any = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._timing = self.clock("policy_update")
+        self._timing.__enter__()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._timing.__exit__(None, None, None)

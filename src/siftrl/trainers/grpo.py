@@ -1,0 +1,421 @@
+"""GRPO with a prompt selector before the rollouts: a thin subclass of TRL's trainer.
+
+One generation step, top to bottom (`_generate_and_score_completions`):
+    draw candidates -> value model scores them -> selector keeps P -> engine rolls each out G times -> rewards ->
+    selector and value model see them -> groups the selector refuses are replaced by another round -> TRL's batch.
+Without a selector every hook below hands over to TRL unchanged, and the losses are TRL's bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import RepeatSampler
+
+from siftrl import distributed, plugins, state, value
+from siftrl.rollout import (
+    ColocatedVLLM,
+    Engine,
+    RolloutOptions,
+    Sampling,
+    TrainerVLLM,
+    TransformersEngine,
+    replaced,
+    row_seeds,
+)
+from siftrl.run import Recorder
+from siftrl.trainers import rows as row_ops
+from siftrl.trainers.base import SiftMixin
+from siftrl.types import Candidates, PromptSelector, Selection
+
+SPREAD_TOLERANCE = 1e-6
+"""Groups whose rewards differ by less than this have zero advantage."""
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler, with an epoch's order known from its number: a resumed run sees the order it would have had.
+
+    TRL's own draws epoch e's order with the e-th call of its generator, so a run resumed in epoch 1 sees epoch 0's.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        self.epoch += 1
+        yield from super().__iter__()
+
+
+class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
+    """TRL's `GRPOTrainer` with `prompt_selector=`; every other argument is TRL's.
+
+    Args:
+        prompt_selector: chooses the prompts of each step (see `siftrl.types.PromptSelector`); None: TRL's order.
+        rollout: seeds, the weight-sync probe and further vLLM arguments.
+        recorder: where the audit log and the samples go; None: `args.output_dir`, once a selector is on.
+
+    Raises:
+        ValueError: for a selector with bad settings, or a data set that the selector cannot index.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        prompt_selector: PromptSelector | None = None,
+        rollout: RolloutOptions | None = None,
+        recorder: Recorder | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.rollout = rollout or RolloutOptions()
+        self.prompt_selector = prompt_selector
+        self.rollouts = 0  # completions generated for training, over all ranks
+        self.generated_tokens = 0  # their tokens
+        self._turn = 0  # calls of the engine so far: part of each completion's seed
+        self._group_rewards: Tensor | None = None
+        self._train_sampler: EpochRepeatSampler | None = None
+        with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
+            super().__init__(*args, **kwargs)
+        self._init_sift(recorder)
+        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else prompt_selector is not None
+        self.value_model: value.ValueModel | None = None
+        if prompt_selector is not None:
+            self._set_up_selection(prompt_selector)
+        self.add_callback(_EpochTeller(self))
+
+    def _build_vllm(self, **kwargs: Any) -> ColocatedVLLM:
+        return ColocatedVLLM(engine_args=self.rollout.engine_args, **kwargs)
+
+    def _set_up_selection(self, selector: PromptSelector) -> None:
+        plugins.check(selector)
+        if not hasattr(self.train_dataset, "__len__") or self.train_dataset is None:
+            raise ValueError("prompt_selector needs a data set that can be indexed: load it without streaming")
+        if self.recorder is None:
+            self.recorder = Recorder(Path(self.args.output_dir), "grpo")
+        self.prompt_stream = state.PromptStream(len(self.train_dataset), self.args.seed)
+        self.selection_generator = torch.Generator().manual_seed(self.args.seed + 1)
+        if "value" in selector.needs:
+            config = getattr(selector, "value", None) or value.ValueConfig()
+            self.value_model = value.build(config, self.model, self._tokenizer, self.accelerator.device)
+        self.prompt_stream.draw(selector.num_candidates(self._prompts_per_step))  # too few rows: say so now
+        self.prompt_stream = state.PromptStream(len(self.train_dataset), self.args.seed)
+
+    @property
+    def _prompts_per_step(self) -> int:
+        return self.args.generation_batch_size // self.num_generations
+
+    # -- choosing prompts --------------------------------------------------------------------------------------
+
+    def choose_prompts(self, keep: int) -> tuple[Candidates, Selection]:
+        """Draw candidates and let the selector keep `keep` of them, with the value model as it stands now."""
+        assert self.prompt_selector is not None
+        ids = self.prompt_stream.draw(self.prompt_selector.num_candidates(keep))
+        drawn = [self.train_dataset[index] for index in ids.tolist()]
+        prediction = None
+        if self.value_model is not None:
+            prediction = self.value_model.predict(self._value_tokens(drawn), self._policy_hidden())
+        candidates = Candidates(ids, drawn, prediction)
+        selection = self.prompt_selector.propose(candidates, keep, self.selection_generator)
+        distributed.check_same(selection.indices, f"the prompts of step {self.state.global_step + 1}")
+        return candidates, selection
+
+    def _value_tokens(self, data_rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Prompts as the value model reads them: with the policy's tokenizer, or its own."""
+        assert self.value_model is not None
+        with replaced(self, "processing_class", self.value_model.tokenizer):
+            return self._tokenize_prompts([row["prompt"] for row in data_rows])[0]
+
+    def _policy_hidden(self) -> value.HiddenStates | None:
+        if self.value_model is None or self.value_model.body is not None:
+            return None
+        policy = value.decoder(self.model)
+
+        def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+            checkpointing = self.args.gradient_checkpointing_kwargs
+            with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
+                return policy(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+        return hidden
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.prompt_selector is None or not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        # TRL's loader only keeps time here: its rows were chosen one step ago, without the newest value model
+        wanted = keep = self._prompts_per_step
+        chosen: list[dict[str, Tensor]] = []
+        spare: list[dict[str, Tensor]] = []
+        for round_ in range(self.prompt_selector.max_rounds):
+            batch, accepted = self._round(keep, round_)
+            if round_ == 0 and (self.prompt_selector.max_rounds == 1 or accepted.all()):
+                return batch
+            chosen_now, refused = self._by_group(batch, accepted)
+            chosen, spare = chosen + chosen_now, spare + refused
+            missing = wanted - len(chosen) // self.num_generations
+            if missing <= 0:
+                break
+            rate = max(accepted.float().mean().item(), 0.25)
+            keep = self._even(min(wanted, round(missing / rate)))
+        rows = (chosen + spare)[: wanted * self.num_generations]  # short of groups: the refused ones fill up
+        self._log_metric_value("prompts/filled", max(missing, 0) / wanted)
+        return self._deal(rows)
+
+    def _round(self, keep: int, round_: int) -> tuple[dict[str, Any], Tensor]:
+        """One selection with its rollouts: TRL's batch, and which of the `keep` groups the selector accepts."""
+        assert self.prompt_selector is not None and self.recorder is not None
+        with self.clock("propose"):
+            candidates, selection = self.choose_prompts(keep)
+        repeated = [index for index in selection.indices.tolist() for _ in range(self.num_generations)]
+        share = len(repeated) // self.accelerator.num_processes
+        mine = repeated[self.accelerator.process_index * share :][:share]
+        batch = super()._generate_and_score_completions([dict(candidates.rows[index]) for index in mine])
+        rewards = self._group_rewards
+        assert rewards is not None
+        with self.clock("value_update"):
+            self.prompt_selector.observe(candidates, selection, rewards)
+            if self.value_model is not None:
+                kept = [candidates.rows[index] for index in selection.indices.tolist()]
+                figures = self.value_model.update(self._value_tokens(kept), rewards, self._policy_hidden())
+                for name, figure in figures.items():
+                    self._log_metric_value(f"value/{name}", figure)
+        for name, figure in self.prompt_selector.metrics().items():
+            self._log_metric_value(f"prompts/{name}", figure)
+        if distributed.is_main():
+            means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
+            self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
+        return batch, self.prompt_selector.accept(rewards)
+
+    # -- rounds: groups that a selector refuses are replaced ----------------------------------------------------
+
+    def _even(self, prompts: int) -> int:
+        """The next number of prompts whose completions divide evenly among the ranks."""
+        world = self.accelerator.num_processes
+        while prompts * self.num_generations % world:
+            prompts += 1
+        return prompts
+
+    def _by_group(
+        self, batch: dict[str, Any], accepted: Tensor
+    ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """All ranks' rows, those of accepted groups and the others, each in order."""
+        everyone = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
+        kept = accepted.repeat_interleave(self.num_generations).tolist()
+        return (
+            [row for row, keep in zip(everyone, kept, strict=True) if keep],
+            [row for row, keep in zip(everyone, kept, strict=True) if not keep],
+        )
+
+    def _deal(self, everyone: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """This rank's share of the rows, as a batch."""
+        share = len(everyone) // self.accelerator.num_processes
+        mine = everyone[self.accelerator.process_index * share :][:share]
+        batch = row_ops.join(mine, self._tokenizer.pad_token_id, self.accelerator.device)
+        batch["num_items_in_batch"] = torch.tensor(row_ops.loss_tokens(everyone), device=self.accelerator.device)
+        return batch
+
+    # -- rollouts ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def rollout_engine(self) -> Iterator[Engine]:
+        """The engine with the policy's current weights; every rank enters and leaves together."""
+        if self.use_vllm:
+            self._sync_engine()
+            yield TrainerVLLM(self.vllm_generation)
+            return
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield TransformersEngine(model, self._tokenizer, list(self.eos_token_ids))
+
+    def _sampling(self) -> Sampling:
+        return Sampling(
+            self.max_completion_length,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.min_p or 0.0,
+            self.repetition_penalty,
+        )
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        one_engine_a_rank = not self.use_vllm or (self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1)
+        seeded = self.seeded and images is None and not multimodal_fields and one_engine_a_rank
+        if self.use_vllm:
+            self._sync_engine()
+        with self.clock("generate"):
+            if seeded:
+                ids, logprobs = self._generate_seeded(prompt_ids)
+            else:
+                ids, logprobs = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+        self._turn += 1
+        if self.model.training:
+            counts = torch.tensor([len(ids), sum(map(len, ids))], dtype=torch.float64)
+            distributed.sum_([counts])
+            self.rollouts += int(counts[0])
+            self.generated_tokens += int(counts[1])
+        return ids, logprobs
+
+    def _generate_seeded(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], Any]:
+        first = self.accelerator.process_index * len(prompt_ids)
+        seeds = row_seeds(self.args.seed, self._turn, rows=range(first, first + len(prompt_ids)))
+        with self.rollout_engine() as engine:
+            completions = engine.generate(prompt_ids, self._sampling(), seeds)
+        return completions.ids, completions.logprobs
+
+    def _sync_engine(self) -> None:
+        """Bring the policy's weights to vLLM, once a step, and make sure that they arrived."""
+        if self.state.global_step == self._last_loaded_step:
+            return
+        with self.clock("weight_sync"):
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+            if self.rollout.max_logprob_drift is not None:
+                drift = self.probe_engine()
+                self._log_metric_value("engine/logprob_drift", drift)
+                if not drift <= self.rollout.max_logprob_drift:  # NaN too
+                    raise RuntimeError(
+                        f"after the weight sync at step {self.state.global_step} vLLM's log-probabilities differ from "
+                        f"the trainer's by {drift:.3g} on average, more than rollout.max_logprob_drift = "
+                        f"{self.rollout.max_logprob_drift}: the engine's weights are stale or corrupted (or its "
+                        "precision is far from the trainer's, in which case raise the limit)"
+                    )
+
+    def probe_engine(self, num_tokens: int = 8) -> float:
+        """Mean |log p of the engine - log p of the trainer| over `num_tokens` drawn tokens; the largest over ranks."""
+        data = self.train_dataset
+        first = next(iter(data)) if not hasattr(data, "__len__") else data[self.state.global_step % len(data)]
+        prompt = self._tokenize_prompts([first["prompt"]])[0][0]
+        # the engine's log-probabilities are of the distribution it draws from, so no top-p or top-k here
+        sampling = Sampling(num_tokens, self.temperature or 1.0)
+        answer = TrainerVLLM(self.vllm_generation).generate([prompt], sampling, [self.state.global_step])
+        tokens, theirs = answer.ids[0], answer.logprobs
+        assert theirs is not None
+        ids = torch.tensor([prompt + tokens], device=self.accelerator.device)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            ours, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), len(tokens))
+        engine = torch.tensor([float("nan") if p is None else p for p in theirs[0]], device=ours.device)
+        return distributed.max_number((ours[0].float() - engine).abs().mean().item())
+
+    # -- rewards and losses -------------------------------------------------------------------------------------
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: Any
+    ) -> Tensor:
+        with self.clock("reward"):
+            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        total[torch.isnan(per_function).all(1)] = float("nan")
+        if torch.isnan(total).all():
+            raise RuntimeError(
+                f"step {self.state.global_step + 1}: no completion got a reward (every reward is missing), so there is "
+                "nothing to learn from; look at the reward functions"
+            )
+        if self.model.training:
+            self._group_rewards = total.view(-1, self.num_generations).cpu()
+            low, high = (self._group_rewards.nan_to_num(nan=fill) for fill in (float("inf"), float("-inf")))
+            spread = high.amax(1) - low.amin(1)
+            self._log_metric_value("effective_ratio", (spread > SPREAD_TOLERANCE).float().mean().item())
+            if self.recorder is not None and distributed.is_main():
+                rewards = total.tolist()  # rank 0's rows come first
+                samples = [
+                    {"prompt": prompt, "completion": completion, "reward": reward}
+                    for prompt, completion, reward in zip(prompts, completions, rewards, strict=False)
+                ]
+                every = max(1, len(samples) // self.recorder.num_samples) if self.recorder.num_samples else 1
+                self.recorder.samples(self.state.global_step + 1, samples[::every])
+        return per_function
+
+    def _log_metric_value(self, name: str, figure: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(figure)
+
+    # -- data order and checkpoints -----------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
+        plain = super()._get_train_sampler(dataset)
+        self._train_sampler = EpochRepeatSampler(
+            plain.data_source, plain.mini_repeat_count, plain.batch_size, plain.repeat_count, plain.shuffle, plain.seed
+        )
+        return self._train_sampler
+
+    def sift_state(self) -> dict[str, Any]:
+        saved = super().sift_state() | {
+            "micro_step": self._step,
+            "turn": self._turn,
+            "rollouts": self.rollouts,
+            "generated_tokens": self.generated_tokens,
+        }
+        if self.prompt_selector is not None:
+            saved |= {
+                "stream": self.prompt_stream.state_dict(),
+                "generator": self.selection_generator.get_state(),
+                "selector": self.prompt_selector.state_dict(),
+                "value_model": self.value_model.state() if self.value_model is not None else None,
+            }
+        return saved
+
+    def load_sift_state(self, saved: dict[str, Any]) -> None:
+        super().load_sift_state(saved)
+        self._step, self._turn = saved["micro_step"], saved["turn"]
+        self.rollouts, self.generated_tokens = saved["rollouts"], saved["generated_tokens"]
+        if (self.prompt_selector is not None) != ("stream" in saved):
+            raise ValueError(
+                "the checkpoint was written "
+                + ("with" if "stream" in saved else "without")
+                + " a prompt selector: resume with the recipe that it was made with"
+            )
+        if self.prompt_selector is None:
+            return
+        self.prompt_stream.load_state_dict(saved["stream"])
+        self.selection_generator.set_state(saved["generator"])
+        self.prompt_selector.load_state_dict(saved["selector"])
+        if self.value_model is not None:
+            self.value_model.load_state(saved["value_model"])
+
+    def rank_state(self) -> dict[str, Any]:
+        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1)."""
+        under_way = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+
+    def load_rank_state(self, saved: dict[str, Any]) -> None:
+        self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+
+
+class _EpochTeller(TrainerCallback):
+    """Tells the sampler which epoch begins; a resumed loop begins in the middle of a later one."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._train_sampler is not None:
+            self.trainer._train_sampler.set_epoch(int(state.epoch + 1e-6))

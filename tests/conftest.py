@@ -1,0 +1,65 @@
+"""Small real things that many tests share: a tiny model with its tokenizer, and sums to train it on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random 2-layer Qwen3 and a character tokenizer."""
+    from siftrl.models import save_scratch_model
+    from siftrl.recipe import ScratchConfig
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    sizes = ScratchConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=64)
+    save_scratch_model(sizes, folder, seed=0)
+    return str(folder)
+
+
+@pytest.fixture()
+def sums() -> Any:
+    """48 prompts 'a+b=' with their answers."""
+    from datasets import Dataset
+
+    pairs = [(a, b) for a in range(8) for b in range(6)]
+    return Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})
+
+
+def digit_share(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that random models earn: the share of digits among the completion's characters."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def grpo_args(folder: Path, **changes: Any) -> Any:
+    """A small CPU GRPOConfig: 4 prompts x 4 completions in 2 micro-batches, one optimizer step a rollout."""
+    from trl import GRPOConfig
+
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    return GRPOConfig(**(options | changes))
