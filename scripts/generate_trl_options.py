@@ -25,7 +25,7 @@ def type_text(annotation: object) -> tuple[str, list[str]]:
             texts.append("None")
         elif isinstance(part, type) and issubclass(part, enum.Enum):
             choices += [str(member.value) for member in part]
-        elif typing.get_origin(part) is list and not typing.get_args(part)[0].__module__ == "builtins":
+        elif typing.get_origin(part) is list and typing.get_args(part)[0].__module__ != "builtins":
             texts.append("list[str]")
         elif typing.get_origin(part) is not None:
             texts.append(str(part).replace("typing.", ""))

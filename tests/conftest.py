@@ -17,12 +17,12 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a random 2-layer Qwen3 and a character tokenizer."""
+    """A folder with a random 2-layer Qwen3 and a character tokenizer; vLLM for CPUs needs heads of at least 32."""
     from siftrl.models import save_scratch_model
     from siftrl.recipe import ScratchConfig
 
     folder = tmp_path_factory.mktemp("tiny_model")
-    sizes = ScratchConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=64)
+    sizes = ScratchConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=64, max_positions=64)
     save_scratch_model(sizes, folder, seed=0)
     return str(folder)
 

@@ -70,6 +70,9 @@ def test_rank_correlation_by_hand():
     assert rank_correlation(a, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / 60)
     # ties: ranks 1.5 1.5 3.5 3.5 against 1 2 3 4: covariance 4, variances 4 and 5
     assert rank_correlation(torch.tensor([0.0, 0.0, 1.0, 1.0]), a) == pytest.approx(4 / math.sqrt(4 * 5))
+    # ranks 2 2 2 4 5 against 1 2 3 4 5: covariance 8, variances 8 and 10
+    five = torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0]), torch.arange(5)
+    assert rank_correlation(*five) == pytest.approx(8 / math.sqrt(8 * 10))
     assert math.isnan(rank_correlation(a, torch.zeros(4)))
 
 

@@ -130,10 +130,10 @@ def _option(stage: SFTStage | GRPOStage, name: str, default: float) -> float:
 
 def _divisors(total: int, wanted: int) -> str:
     """The divisors of `total` next to `wanted`."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
-    return "write " + " or ".join(str(d) for d in below + above)
+    small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
+    divisors = {*small, *(total // d for d in small)}
+    next_to = [max(d for d in divisors if d < wanted)] + sorted(d for d in divisors if d > wanted)[:1]
+    return "write " + " or ".join(str(d) for d in next_to)
 
 
 def _multiples(wanted: int, of: int) -> str:

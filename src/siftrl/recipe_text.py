@@ -245,6 +245,8 @@ def describe_error(error: ValidationError, data: Any, model: type[BaseModel]) ->
         known = [text.strip("' ") for text in context.get("expected_tags", "sft, grpo").split(",")]
         tag = context.get("tag")
         return key, (f"must be {' or '.join(known)}, not {tag!r}{near(str(tag), known)}" if tag else "is required")
+    if kind == "too_short":
+        return key, "is empty; write at least one item"
     if kind == "string_pattern_mismatch":
         return key, f"{value!r} must be letters, digits, '.', '_' and '-', and not a number: it names a folder"
     if kind in _WANTED:

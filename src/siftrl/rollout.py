@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -52,12 +52,13 @@ class RolloutOptions:
 
     seeded: seed every completion (see above); None: whenever a selector is on.
     max_logprob_drift: after a weight sync to vLLM, the largest mean difference between the engine's and the trainer's
-        log-probabilities of the probe's tokens; beyond it the run stops. None: no probe.
+        log-probabilities of the probe's tokens; beyond it the run stops. "auto": 0.005 where both compute in float32,
+        which shows a single stale matrix, else 0.1. None: no probe.
     engine_args: further arguments of `vllm.LLM`, colocated mode only.
     """
 
     seeded: bool | None = None
-    max_logprob_drift: float | None = 0.1
+    max_logprob_drift: float | Literal["auto"] | None = "auto"
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -253,12 +254,22 @@ class ColocatedVLLM(VLLMGeneration):
         # vLLM repacks weights for its CPU kernels, so its per-tensor loaders are gone; reload_weights repacks anew
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         runner.reload_weights(weights_iterator=self._iter_named_params())
+        # a head tied to the embedding gets no weights of its own, so its repacked copy would stay as it was
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        for module in runner.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
         self.llm.reset_prefix_cache()
+
+    @property
+    def in_float32(self) -> bool:
+        return self.mode == "colocate" and self.llm.llm_engine.vllm_config.model_config.dtype == torch.float32
 
     def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
         """Like `generate`, for text prompts on one engine a rank, with one seed for each completion."""
         if self.enable_sleep_mode:
-            if self._llm_weights_sleeping:
+            if self._llm_weights_sleeping:  # type: ignore[has-type]
                 self.sync_weights()
             self.llm.wake_up(tags=["kv_cache"])
         completions = vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)

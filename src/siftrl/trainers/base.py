@@ -42,6 +42,10 @@ class SiftMixin:
         if self.recorder is not None and distributed.is_main():
             self.recorder.metrics(self.state.global_step, logs)
 
+    def sift_summary(self) -> dict[str, Any]:
+        """This stage's figures for summary.json: rollouts, tokens (generated or trained on), seconds by part."""
+        return {"rollouts": 0, "tokens": 0, "seconds": dict(self.clock.seconds)}
+
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def sift_state(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
 from siftrl import distributed, plugins, state, value
+from siftrl.evaluate import evaluate, summarise
 from siftrl.rollout import (
     ColocatedVLLM,
     Engine,
@@ -294,21 +295,26 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
 
     def _sync_engine(self) -> None:
         """Bring the policy's weights to vLLM, once a step, and make sure that they arrived."""
-        if self.state.global_step == self._last_loaded_step:
+        if self.state.global_step == self._last_loaded_step:  # type: ignore[has-type]
             return
         with self.clock("weight_sync"):
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
-            if self.rollout.max_logprob_drift is not None:
-                drift = self.probe_engine()
-                self._log_metric_value("engine/logprob_drift", drift)
-                if not drift <= self.rollout.max_logprob_drift:  # NaN too
-                    raise RuntimeError(
-                        f"after the weight sync at step {self.state.global_step} vLLM's log-probabilities differ from "
-                        f"the trainer's by {drift:.3g} on average, more than rollout.max_logprob_drift = "
-                        f"{self.rollout.max_logprob_drift}: the engine's weights are stale or corrupted (or its "
-                        "precision is far from the trainer's, in which case raise the limit)"
-                    )
+            limit = self.rollout.max_logprob_drift
+            if limit is None:
+                return
+            if limit == "auto":
+                both_float32 = self.vllm_generation.in_float32 and not (self.args.bf16 or self.args.fp16)
+                limit = 0.005 if both_float32 else 0.1
+            drift = self.probe_engine()
+            self._log_metric_value("engine/logprob_drift", drift)
+            if not drift <= limit:  # NaN too
+                raise RuntimeError(
+                    f"after the weight sync at step {self.state.global_step} vLLM's log-probabilities differ from the "
+                    f"trainer's by {drift:.3g} on average, more than rollout.max_logprob_drift allows ({limit}): the "
+                    "engine's weights are stale or corrupted (or its precision is far from the trainer's: then raise "
+                    "the limit)"
+                )
 
     def probe_engine(self, num_tokens: int = 8) -> float:
         """Mean |log p of the engine - log p of the trainer| over `num_tokens` drawn tokens; the largest over ranks."""
@@ -325,6 +331,35 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
             ours, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), len(tokens))
         engine = torch.tensor([float("nan") if p is None else p for p in theirs[0]], device=ours.device)
         return distributed.max_number((ours[0].float() - engine).abs().mean().item())
+
+    def evaluate_rewards(
+        self, rows: Any, sampling: Sampling, *, samples: int = 1, batch_size: int = 256, seed: int = 0
+    ) -> dict[str, Any]:
+        """Reward of the current policy on `rows` (a data set like the training set), spread over the ranks.
+
+        Returns {"reward": mean, "std_error", "pass_at_k", "mean_length", "truncated", "rows"}: the same on every rank.
+        """
+        one_engine_a_rank = not self.use_vllm or (self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1)
+        mine = rows
+        if one_engine_a_rank:
+            mine = rows.select(range(distributed.rank(), len(rows), distributed.world_size()))
+        with self.rollout_engine() as engine:
+            report = evaluate(
+                engine,
+                self._tokenizer,
+                mine,
+                self.reward_funcs,
+                self.reward_weights.tolist(),
+                samples=samples,
+                greedy=sampling.temperature == 0,
+                temperature=sampling.temperature or 1.0,
+                max_tokens=sampling.max_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
+                progress=distributed.is_main() and not self.args.disable_tqdm,
+            )
+        return summarise(distributed.gather_objects(report) if one_engine_a_rank else [report])
 
     # -- rewards and losses -------------------------------------------------------------------------------------
 
@@ -382,6 +417,9 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
                 "value_model": self.value_model.state() if self.value_model is not None else None,
             }
         return saved
+
+    def sift_summary(self) -> dict[str, Any]:
+        return super().sift_summary() | {"rollouts": self.rollouts, "tokens": self.generated_tokens}
 
     def load_sift_state(self, saved: dict[str, Any]) -> None:
         super().load_sift_state(saved)

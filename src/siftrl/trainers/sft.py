@@ -20,3 +20,6 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
     def __init__(self, *args: Any, recorder: Recorder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_sift(recorder)
+
+    def sift_summary(self) -> dict[str, Any]:
+        return super().sift_summary() | {"tokens": int(self._total_train_tokens)}

@@ -1,0 +1,34 @@
+"""The score of the reasoning-gym library's own scorer, for rows that it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from siftrl.gym_rows import score
+from siftrl.reward_columns import column, completion_texts
+
+
+@dataclass
+class ReasoningGym:
+    """The score of the reasoning-gym library's own scorer, for rows that it made (data: reasoning_gym)."""
+
+    tag: str | None = None
+    """The answer stands between <tag> and </tag>, the last such pair; without one the score is the scorer's for no
+    answer. Null: the whole completion is the answer."""
+    full_marks_only: bool = False
+    """1 for the library's full score and 0 for less; many families give a little for a well-formed wrong answer."""
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        rows = [column(columns, name, "reasoning_gym") for name in ("task", "task_config", "entry")]
+        scores = [
+            score(self._answer(text), *row) for text, *row in zip(completion_texts(completions), *rows, strict=True)
+        ]
+        return [float(value >= 1.0) for value in scores] if self.full_marks_only else list(scores)
+
+    def _answer(self, text: str) -> str | None:
+        if self.tag is None:
+            return text.strip()
+        before, opened, after = text.rpartition(f"<{self.tag}>")
+        answer, closed, _ = after.partition(f"</{self.tag}>")
+        return answer.strip() if opened and closed else None

@@ -1,0 +1,359 @@
+"""Runs a recipe: its stages one after another, each from the model that the one before left.
+
+Run folder:
+    recipe.yaml environment.json metrics.jsonl selection.jsonl samples.jsonl summary.json
+    checkpoints/<stage>/checkpoint-<step>   to resume from
+    stages/<stage>/                         the stage's model, once it is done
+    model/                                  the last stage's model, for transformers and vLLM
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built, unless this is set
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers import TrainerCallback
+
+from siftrl import distributed, models, plugins, state
+from siftrl.batch_arithmetic import batch_arithmetic
+from siftrl.data import DataSplits, load_data
+from siftrl.deepspeed_config import deepspeed_config
+from siftrl.recipe import GRPOStage, ModelConfig, Recipe, SFTStage, dump
+from siftrl.report import print_summary, say
+from siftrl.reward_guard import load_rewards
+from siftrl.rollout import RolloutOptions, Sampling
+from siftrl.run import Interrupted, Recorder, environment, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from siftrl.trainers.grpo import GRPOTrainer
+    from siftrl.trainers.sft import SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(recipe: Recipe, resume: bool = False) -> None:
+    """Run every stage that is not done yet.
+
+    Raises:
+        ValueError: what the user can mend: data, model, an existing run folder.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    folder = recipe.run_folder
+    _open_process_group(recipe)
+    if distributed.is_main():
+        _open_folder(recipe, resume)
+    distributed.barrier()
+    summary = _read_summary(folder)
+    model = recipe.model
+    if model.scratch is not None:
+        start = folder / "stages" / "scratch"
+        if distributed.is_main() and not start.exists():
+            models.save_scratch_model(model.scratch, start, recipe.seed)
+        distributed.barrier()
+        model = model.model_copy(update={"path": str(start), "scratch": None})
+    for index, stage in enumerate(recipe.stages):
+        done = folder / "stages" / stage.name
+        if index >= len(summary["stages"]):
+            report = _run_stage(recipe, stage, model, done, resume)
+            summary["stages"].append(report)
+            if distributed.is_main():
+                write_json(folder / "summary.json", summary)
+            resume = False  # the stages after the interrupted one begin at their beginning
+        model = model.model_copy(update={"path": str(done), "revision": None})
+        distributed.barrier()
+    if distributed.is_main():
+        final = folder / "model"
+        shutil.rmtree(final, ignore_errors=True)
+        shutil.copytree(folder / "stages" / recipe.stages[-1].name, final)
+        print_summary(summary, folder)
+
+
+def _open_process_group(recipe: Recipe) -> None:
+    """DeepSpeed on CPUs needs its process group before the trainer's arguments are read."""
+    if recipe.distribution.deepspeed is not None and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        if "RANK" not in os.environ:  # one process, without a launcher
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+        deepspeed.init_distributed(dist_backend="gloo")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def _open_folder(recipe: Recipe, resume: bool) -> None:
+    folder = recipe.run_folder
+    started = (folder / "recipe.yaml").exists()
+    if resume and not started:
+        raise ValueError(f"there is no run to resume in {folder}; start it without --resume")
+    if started and not resume:
+        if not recipe.output.overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: go on with it with --resume, or choose another name "
+                f"(name={recipe.name}-2), or write over it (output.overwrite=true)"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _warn_of_changes(folder / "recipe.yaml", dump(recipe))
+    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    write_json(folder / "environment.json", environment())
+
+
+def _warn_of_changes(old: Path, new: str) -> None:
+    before, after = set(old.read_text(encoding="utf-8").splitlines()), set(new.splitlines())
+    if before != after:
+        changed = sorted(line.strip() for line in after - before)
+        logger.warning("the recipe differs from the one the run began with: %s", "; ".join(changed) or "keys removed")
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"stages": []}
+
+
+# ------------------------------------------------------------------------------------------------------ one stage
+
+
+def _run_stage(
+    recipe: Recipe, stage: SFTStage | GRPOStage, model: ModelConfig, done: Path, resume: bool
+) -> dict[str, Any]:
+    tokenizer = models.load_tokenizer(model)
+    data = load_data(recipe.data_of(stage), stage.kind, tokenizer)
+    say(f"stage {stage.name} ({stage.kind}): {_describe(data)}")
+    checkpoints = recipe.run_folder / "checkpoints" / stage.name
+    recorder = Recorder(
+        recipe.run_folder, stage.name, samples=recipe.logging.samples, selection=recipe.logging.selection
+    )
+    options = _trainer_options(recipe, stage, checkpoints)
+    trainer: GRPOTrainer | SFTTrainer
+    if isinstance(stage, GRPOStage):
+        trainer = _grpo_trainer(recipe, stage, model, tokenizer, data, options, recorder)
+    else:
+        trainer = _sft_trainer(model, tokenizer, data, options, recorder)
+    start = time.perf_counter()
+    evals: dict[str, Any] = {}
+    if isinstance(stage, GRPOStage) and stage.eval is not None and data.eval is not None:
+        trainer.add_callback(_EvaluateFirst(lambda: evals.update(before=_held_out(stage, trainer, data, recipe))))
+    checkpoint = state.last_checkpoint(checkpoints) if resume else None
+    if checkpoint is not None:
+        say(f"stage {stage.name}: resuming from {checkpoint}")
+        state.discard_after(checkpoints, state.step_of(checkpoint)) if distributed.is_main() else None
+        evals.update(_earlier_evaluation(checkpoints))
+    elif resume and distributed.is_main():
+        recorder.rewind(-1)
+    with _stop_on_signal(trainer) as stopped:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopped:
+        if distributed.is_main():
+            write_json(checkpoints / "before.json", evals)
+        raise Interrupted(
+            f"stopped in stage {stage.name} after step {trainer.state.global_step}; the checkpoint is in {checkpoints}. "
+            "Go on with the same command and --resume"
+        )
+    if isinstance(stage, GRPOStage) and "before" in evals:
+        evals["after"] = _held_out(stage, trainer, data, recipe)
+    _save_model(trainer, tokenizer, done, model)
+    report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report["seconds"] |= {"total": time.perf_counter() - start}
+    if data.report:
+        report["data"] = data.report
+    return report
+
+
+def _describe(data: DataSplits) -> str:
+    held_out = f", {len(data.eval)} held out" if data.eval is not None else ""
+    counted = "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in data.report.items() if value)
+    return f"{len(data.train)} rows{held_out}{counted}"
+
+
+def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: Path) -> dict[str, Any]:
+    """What TRL's config class gets: siftrl's own keys, then everything under `trainer:`."""
+    on_cpu = not torch.cuda.is_available()
+    numbers = batch_arithmetic(stage, distributed.world_size())
+    every = recipe.checkpoint.every
+    options: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "seed": recipe.seed,
+        "per_device_train_batch_size": stage.micro_batch_size,
+        "gradient_accumulation_steps": numbers.gradient_accumulation_steps,
+        "logging_steps": recipe.logging.every,
+        "save_strategy": "no" if every is None else "steps",
+        "save_total_limit": recipe.checkpoint.keep,
+        "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
+        "report_to": "none",
+        "bf16": not on_cpu,
+        "model_init_kwargs": None,
+    }
+    if every is not None:
+        options["save_steps"] = every
+    if isinstance(stage, GRPOStage):
+        rollout = stage.rollout
+        options |= {
+            "num_generations": stage.completions_per_prompt,
+            "steps_per_generation": numbers.steps_per_generation,
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "min_p": rollout.min_p,
+            "repetition_penalty": rollout.repetition_penalty,
+            "max_completion_length": rollout.max_completion_tokens,
+            "use_vllm": rollout.engine == "vllm",
+        }
+        if rollout.engine == "vllm":
+            options |= {
+                "vllm_mode": rollout.mode,
+                "vllm_gpu_memory_utilization": rollout.gpu_memory_utilization,
+                "vllm_tensor_parallel_size": rollout.tensor_parallel_size,
+                "vllm_max_model_length": rollout.max_model_len,
+                "vllm_enable_sleep_mode": rollout.sleep,
+                "vllm_server_base_url": rollout.server_url,
+                "vllm_server_timeout": rollout.server_timeout,
+            }
+    return options | stage.trainer
+
+
+def _grpo_trainer(
+    recipe: Recipe,
+    stage: GRPOStage,
+    model: ModelConfig,
+    tokenizer: Any,
+    data: DataSplits,
+    options: dict[str, Any],
+    recorder: Recorder,
+) -> GRPOTrainer:
+    from trl import GRPOConfig
+
+    from siftrl.trainers.grpo import GRPOTrainer
+
+    options["model_init_kwargs"] = models.model_init_kwargs(model)
+    rewards, weights = load_rewards(recipe.rewards_of(stage))
+    chosen = stage.prompt_selector
+    rollout = stage.rollout
+    return GRPOTrainer(
+        model=model.path,
+        reward_funcs=rewards,
+        args=GRPOConfig(**options, reward_weights=weights),
+        train_dataset=data.train,
+        processing_class=tokenizer,
+        peft_config=models.peft_config(model),
+        quantization_config=models.quantization_config(model),
+        prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
+        rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
+        recorder=recorder,
+    )
+
+
+def _sft_trainer(
+    model: ModelConfig, tokenizer: Any, data: DataSplits, options: dict[str, Any], recorder: Recorder
+) -> SFTTrainer:
+    from trl import SFTConfig
+
+    from siftrl.trainers.sft import SFTTrainer
+
+    options["model_init_kwargs"] = models.model_init_kwargs(model)
+    return SFTTrainer(
+        model=model.path,
+        args=SFTConfig(**options),
+        train_dataset=data.train.select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+        peft_config=models.peft_config(model),
+        quantization_config=models.quantization_config(model),
+        recorder=recorder,
+    )
+
+
+def _held_out(stage: GRPOStage, trainer: Any, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
+    """Mean reward on the held-out rows, spread over the ranks."""
+    assert stage.eval is not None and data.eval is not None
+    say(f"stage {stage.name}: evaluating on {len(data.eval)} held-out rows")
+    return trainer.evaluate_rewards(
+        data.eval,
+        Sampling(stage.rollout.max_completion_tokens, temperature=0.0 if stage.eval.greedy else stage.rollout.temperature),
+        samples=stage.eval.samples,
+        batch_size=stage.eval.batch_size,
+        seed=recipe.seed,
+    )
+
+
+def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) -> None:
+    """Save what the stage made so that transformers and vLLM load it; adapters are merged, and kept beside."""
+    shutil.rmtree(folder, ignore_errors=True) if distributed.is_main() else None
+    distributed.barrier()
+    if model.lora is None:
+        trainer.save_model(str(folder))
+    else:
+        trainer.save_model(str(folder / "adapter"))
+        distributed.barrier()
+        if distributed.is_main():
+            from peft import AutoPeftModelForCausalLM
+
+            # merged from the base as it is stored: a quantised base would lose precision in the merge
+            merged = AutoPeftModelForCausalLM.from_pretrained(str(folder / "adapter"), dtype="auto")
+            merged.merge_and_unload().save_pretrained(str(folder))
+    if distributed.is_main():
+        tokenizer.save_pretrained(str(folder))
+    distributed.barrier()
+
+
+def _earlier_evaluation(checkpoints: Path) -> dict[str, Any]:
+    path = checkpoints / "before.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+class _EvaluateFirst(TrainerCallback):
+    """Evaluates once the model is on its device (and sharded), before the first step."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.run()
+
+
+@contextmanager
+def _stop_on_signal(trainer: Any) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask for a checkpoint after the step under way; a second SIGINT stops at once.
+
+    Yields a list that holds the signal once one came and the trainer has stopped for it.
+    """
+    asked: list[int] = []
+    obeyed: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("stopping after this step; a checkpoint will be saved (press Ctrl-C again to stop at once)")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if distributed.any_true(bool(asked)):
+                control.should_save = control.should_training_stop = True
+                obeyed.append(signal.SIGINT)
+
+    trainer.add_callback(Stop())
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield obeyed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,38 @@
+"""Start a worker script on several real processes, the way a user would, and read what its ranks wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def run_ranks(worker: str, ranks: int, out: Path, *args: str, deepspeed: bool = False) -> list[dict[str, Any]]:
+    """Run tests/workers/<worker>.py on `ranks` processes: rank r's report is out/rank<r>.json."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    binaries = Path(sys.executable).parent
+    if deepspeed:
+        launcher = [str(binaries / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+    else:
+        launcher = [str(binaries / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
+    out.mkdir(parents=True, exist_ok=True)
+    command = [*launcher, str(WORKERS / f"{worker}.py"), "--out", str(out), *args]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{binaries}:{environment['PATH']}"  # DeepSpeed builds its ops with ninja
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def kept_prompts(out: Path) -> list[list[int]]:
+    """For each step, the data-set rows that the audit log says were trained on, in order of their number."""
+    lines = [json.loads(line) for line in (out / "selection.jsonl").read_text().splitlines()]
+    return [sorted(c["id"] for c in line["candidates"] if c["chosen"]) for line in lines]

@@ -1,0 +1,66 @@
+"""siftrl overrides private parts of TRL 1.16. If one of these fails after an upgrade, look at what TRL does instead."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from trl import GRPOTrainer, SFTTrainer
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import RepeatSampler
+
+
+def parameters(function: object) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        (GRPOTrainer._generate_and_score_completions, ["inputs"]),
+        (
+            GRPOTrainer._generate_single_turn,
+            ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
+        (GRPOTrainer._calculate_rewards, ["inputs", "prompts", "completions", "completion_ids_list"]),
+        (GRPOTrainer._tokenize_prompts, ["prompts"]),
+        (GRPOTrainer._get_train_sampler, ["dataset"]),
+        (GRPOTrainer._save_checkpoint, ["model", "trial"]),
+        (GRPOTrainer._load_optimizer_and_scheduler, ["checkpoint"]),
+        (SFTTrainer._save_checkpoint, ["model", "trial"]),
+        (SFTTrainer._load_optimizer_and_scheduler, ["checkpoint"]),
+        (GRPOTrainer.training_step, ["model", "inputs", "num_items_in_batch"]),
+        (GRPOTrainer.log, ["logs", "start_time"]),
+        (
+            RepeatSampler.__init__,
+            ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
+        ),
+        (VLLMGeneration.sync_weights, []),
+        (VLLMGeneration._init_vllm, []),
+        (VLLMGeneration._iter_named_params, []),
+        (VLLMGeneration.generate, ["prompts", "images", "num_generations", "profiler"]),
+    ],
+)
+def test_hook_has_the_signature_we_override(hook: object, expected: list[str]) -> None:
+    assert parameters(hook) == expected
+
+
+def test_names_that_are_replaced_for_a_while_exist() -> None:
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
+    assert "VLLMGeneration(" in inspect.getsource(grpo_trainer.GRPOTrainer.__init__)
+    assert "self.llm = LLM(" in inspect.getsource(VLLMGeneration._init_vllm)
+    assert vllm_generation.extract_logprobs
+
+
+def test_generation_happens_where_prompts_are_chosen() -> None:
+    """TRL calls `_generate_and_score_completions` once a generation batch, from `_prepare_inputs`."""
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source
+    assert source.count("self._generate_and_score_completions(") == 2  # training, evaluation
+
+
+def test_weights_are_synced_once_a_step_by_the_tag_we_set() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "self.state.global_step != self._last_loaded_step" in source

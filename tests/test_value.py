@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftrl import value
+from siftrl.value import ValueConfig
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: str) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def build(policy: Any, tokenizer: Any, **settings: Any) -> value.ValueModel:
+    torch.manual_seed(0)
+    return value.build(ValueConfig(**settings), policy, tokenizer, "cpu")
+
+
+def hidden_of(policy: Any) -> value.HiddenStates:
+    return lambda ids, mask: value.decoder(policy)(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+PROMPTS = ["1+1=", "12+34=", "7+0=", "100+9="]
+
+
+def test_starts_as_a_constant_half(policy: Any, tokenizer: Any) -> None:
+    prediction = build(policy, tokenizer).predict(tokenizer(PROMPTS)["input_ids"])
+    assert torch.equal(prediction.mean, torch.full((4,), 0.5))
+    assert torch.equal(prediction.spread, torch.full((4,), 0.125))
+
+
+def test_prediction_does_not_depend_on_the_batch_or_its_order(policy: Any, tokenizer: Any) -> None:
+    model = build(policy, tokenizer, micro_batch_size=3)
+    torch.nn.init.normal_(model.head.weight)
+    ids = tokenizer(PROMPTS)["input_ids"]
+    together = model.predict(ids).mean
+    alone = torch.cat([model.predict([row]).mean for row in ids])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(model.predict(ids[::-1]).mean.flip(0), together, atol=1e-5)
+    assert len(set(together.tolist())) == 4
+
+
+def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
+    """V = 0.5 and S = 0.125 everywhere at first. Groups (1, 1), (0, 1), (0, nan): means 1, .5, 0; spreads 0, .25, 0.
+    Loss: mean of ((.5)^2 + (.125)^2, 0 + (.125)^2, (.5)^2 + (.125)^2); the all-missing group is left out."""
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, nan], [nan, nan]])
+    figures = build(policy, tokenizer).update(tokenizer(PROMPTS)["input_ids"], rewards)
+    assert figures["loss"] == pytest.approx((2 * 0.25 + 3 * 0.125**2) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "train"), [("own", "full"), ("own", "lora"), ("own", "head"), ("policy", "head")]
+)
+def test_learns_which_prompts_are_easy(policy: Any, tokenizer: Any, body: Any, train: Any) -> None:
+    model = build(policy, tokenizer, body=body, train=train, lr=3e-3, head_lr=1e-2, updates=60)
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    own = {name: p.clone() for name, p in model.named_parameters()}
+    ids = tokenizer(PROMPTS)["input_ids"]
+    rewards = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
+    hidden = hidden_of(policy) if body == "policy" else None
+    model.update(ids, rewards, hidden)
+    learned = model.predict(ids, hidden)
+    assert torch.allclose(learned.mean, rewards.mean(1), atol=0.12)
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())  # the policy is never touched
+    changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, own[name])}
+    assert changed == ({"head"} if train == "head" else {"head", "body"})
+
+
+def test_range_widens_with_the_rewards_and_can_be_fixed(policy: Any, tokenizer: Any) -> None:
+    ids = tokenizer(PROMPTS[:2])["input_ids"]
+    model = build(policy, tokenizer)
+    model.update(ids, torch.tensor([[-2.0, -2.0], [4.0, 4.0]]))
+    assert (model.low, model.high) == (-2.0, 4.0)
+    fixed = build(policy, tokenizer, reward_range=(0.0, 10.0))
+    fixed.update(ids, torch.tensor([[-2.0, -2.0], [4.0, 4.0]]))
+    assert (fixed.low, fixed.high) == (0.0, 10.0)
+
+
+def test_state_goes_on_exactly(policy: Any, tokenizer: Any) -> None:
+    ids = tokenizer(PROMPTS)["input_ids"]
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    model = build(policy, tokenizer)
+    model.update(ids, rewards)
+    saved = copy.deepcopy(model.state())
+    other = build(policy, tokenizer)
+    other.load_state(saved)
+    for _ in range(2):
+        model.update(ids, rewards)
+        other.update(ids, rewards)
+    assert torch.equal(model.predict(ids).mean, other.predict(ids).mean)
+    with pytest.raises(ValueError, match="other trained weights"):
+        build(policy, tokenizer, train="head").load_state(saved)
+
+
+def test_impossible_settings_and_nan_are_named(policy: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="`model` need `body: own`"):
+        build(policy, tokenizer, body="policy", train="lora")
+    model = build(policy, tokenizer)
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"lower prompt_selector\.value\.lr"):
+        model.predict(tokenizer(PROMPTS)["input_ids"])
+
+
+def test_a_nan_gradient_is_not_taken(policy: Any, tokenizer: Any) -> None:
+    model = build(policy, tokenizer)
+    before = model.head.bias.detach().clone()
+    model.update(tokenizer(PROMPTS[:1])["input_ids"], torch.tensor([[float("inf"), 1.0]]))
+    assert torch.equal(model.head.bias, before)

@@ -1,0 +1,95 @@
+"""One rank of a GRPO run on the tiny model; `tests/launch.py` starts it. Writes what the tests compare as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import conftest  # noqa: F401  (sets the environment before torch is imported)
+import torch
+from datasets import Dataset
+
+from siftrl import distributed
+from siftrl.deepspeed_config import deepspeed_config
+from siftrl.recipe import DistributionConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--deepspeed", default=None)
+    parser.add_argument("--vllm", action="store_true")
+    parser.add_argument("--body", default="own")
+    parser.add_argument("--selector", default="prompt_curriculum")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--micro", type=int, required=True)
+    parser.add_argument("--checkpoint-at", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--local_rank", type=int, default=-1)
+    args = parser.parse_args()
+
+    config = None
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+        config = deepspeed_config(SimpleNamespace(distribution=DistributionConfig(deepspeed=args.deepspeed)), cpu=True)
+
+    from siftrl import plugins
+    from siftrl.rollout import Sampling
+    from siftrl.trainers.grpo import GRPOTrainer
+
+    pairs = [(a, b) for a in range(8) for b in range(6)]
+    data = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in pairs]})
+    options = {} if args.selector != "prompt_curriculum" else {"fallback": False, "value": {"body": args.body}}
+    if options and args.body == "policy":
+        options["value"]["train"] = "head"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = GRPOTrainer(
+        model=args.model,
+        reward_funcs=conftest.digit_share,
+        args=conftest.grpo_args(
+            args.out,
+            per_device_train_batch_size=args.micro,
+            gradient_accumulation_steps=16 // (args.micro * world),
+            max_steps=args.steps,
+            deepspeed=config,
+            use_vllm=args.vllm,
+            vllm_mode="colocate",
+            vllm_max_model_length=64,
+            save_strategy="steps" if args.checkpoint_at else "no",
+            save_steps=args.checkpoint_at or 500,
+        ),
+        train_dataset=data,
+        prompt_selector=plugins.load("selector", args.selector, options),
+    )
+    trainer.train(resume_from_checkpoint=args.resume or None)
+    evaluation = trainer.evaluate_rewards(data, Sampling(6, temperature=0.0))
+    history = trainer.state.log_history
+    value_sum = None
+    if trainer.value_model is not None:
+        value_sum = sum(p.detach().double().sum().item() for p in trainer.value_model.parameters())
+    report = {
+        "rank": distributed.rank(),
+        "world": distributed.world_size(),
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "drift": [entry["engine/logprob_drift"] for entry in history if "engine/logprob_drift" in entry],
+        "value_loss": [entry["value/loss"] for entry in history if "value/loss" in entry],
+        "value_sum": value_sum,
+        "rollouts": trainer.rollouts,
+        "evaluation": evaluation,
+    }
+    (args.out / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
