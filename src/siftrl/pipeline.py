@@ -150,7 +150,7 @@ def _run_stage(
     start = time.perf_counter()
     evals: dict[str, Any] = {}
     if isinstance(stage, GRPOStage) and stage.eval is not None and data.eval is not None:
-        trainer.add_callback(_EvaluateFirst(lambda: evals.update(before=_held_out(stage, trainer, data, recipe))))
+        trainer.add_callback(_HeldOut(stage, trainer, data, recipe, evals))
     checkpoint = state.last_checkpoint(checkpoints) if resume else None
     if checkpoint is not None:
         say(f"stage {stage.name}: resuming from {checkpoint}")
@@ -169,6 +169,8 @@ def _run_stage(
         )
     if isinstance(stage, GRPOStage) and "before" in evals:
         evals["after"] = _held_out(stage, trainer, data, recipe)
+        if distributed.is_main():
+            recorder.metrics(trainer.state.global_step, {"held_out": evals["after"], **trainer.sift_summary()})
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
     report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
@@ -179,9 +181,14 @@ def _run_stage(
 
 
 def _describe(data: DataSplits) -> str:
-    held_out = f", {len(data.eval)} held out" if data.eval is not None else ""
-    counted = "".join(f"; {key.replace('_', ' ')}: {value}" for key, value in data.report.items() if value)
-    return f"{len(data.train)} rows{held_out}{counted}"
+    report = data.report
+    parts = [f"{len(data.train)} rows"]
+    if data.eval is not None:
+        parts.append(f"{len(data.eval)} held out")
+    parts += [f"{count} dropped ({reason})" for reason, count in report["dropped"].items() if count]
+    if report["ignored_columns"]:
+        parts.append(f"columns not used: {', '.join(report['ignored_columns'])}")
+    return ", ".join(parts)
 
 
 def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: Path) -> dict[str, Any]:
@@ -280,13 +287,13 @@ def _sft_trainer(
     )
 
 
-def _held_out(stage: GRPOStage, trainer: Any, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
+def _held_out(stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
     """Mean reward on the held-out rows, spread over the ranks."""
     assert stage.eval is not None and data.eval is not None
-    say(f"stage {stage.name}: evaluating on {len(data.eval)} held-out rows")
+    temperature = 0.0 if stage.eval.greedy else stage.rollout.temperature
     return trainer.evaluate_rewards(
         data.eval,
-        Sampling(stage.rollout.max_completion_tokens, temperature=0.0 if stage.eval.greedy else stage.rollout.temperature),
+        Sampling(stage.rollout.max_completion_tokens, temperature=temperature),
         samples=stage.eval.samples,
         batch_size=stage.eval.batch_size,
         seed=recipe.seed,
@@ -318,15 +325,31 @@ def _earlier_evaluation(checkpoints: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-class _EvaluateFirst(TrainerCallback):
-    """Evaluates once the model is on its device (and sharded), before the first step."""
+class _HeldOut(TrainerCallback):
+    """Evaluates on the held-out rows before the first step, and every so many steps."""
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def __init__(
+        self, stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe, evals: dict[str, Any]
+    ) -> None:
+        self.measure = lambda: _held_out(stage, trainer, data, recipe)
+        self.every = stage.eval.every if stage.eval is not None else None
+        self.trainer, self.evals = trainer, evals
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # here the model is on its device, and sharded where it will be
         if state.global_step == 0:
-            self.run()
+            self.evals["before"] = self._record(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self._record(state.global_step)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        result = self.measure()
+        costs = self.trainer.sift_summary()
+        if distributed.is_main() and self.trainer.recorder is not None:
+            self.trainer.recorder.metrics(step, {"held_out": result, **costs})
+        return result
 
 
 @contextmanager

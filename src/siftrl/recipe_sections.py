@@ -262,8 +262,10 @@ class RolloutConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on the held-out rows before and after a stage."""
+    """Evaluation on the held-out rows: before and after a stage, and in between."""
 
+    every: Count | None = None
+    """Also every so many optimizer steps; null: only before and after."""
     samples: Count = 1
     """Completions a prompt."""
     greedy: bool = True

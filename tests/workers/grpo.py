@@ -59,6 +59,7 @@ def main() -> None:
             per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=16 // (args.micro * world),
             max_steps=args.steps,
+            lr_scheduler_type="constant",  # a run cut short must not have decayed faster
             deepspeed=config,
             use_vllm=args.vllm,
             vllm_mode="colocate",

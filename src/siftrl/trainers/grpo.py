@@ -8,6 +8,7 @@ Without a selector every hook below hands over to TRL unchanged, and the losses 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,8 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         return ColocatedVLLM(engine_args=self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
-        plugins.check(selector)
+        if dataclasses.is_dataclass(selector):
+            plugins.check(selector)
         if not hasattr(self.train_dataset, "__len__") or self.train_dataset is None:
             raise ValueError("prompt_selector needs a data set that can be indexed: load it without streaming")
         if self.recorder is None:
