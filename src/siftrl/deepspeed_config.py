@@ -19,7 +19,8 @@ BUILT_IN = Path(__file__).parent / "recipes" / "deepspeed"
 def deepspeed_config(recipe: Recipe, cpu: bool = False) -> dict[str, Any] | None:
     """The settings that `distribution.deepspeed` names, as a dict for the trainer; None without DeepSpeed.
 
-    cpu: train on CPUs, where DeepSpeed's own Adam is not built: ask for torch's instead.
+    The built-in settings hold no optimizer, so that the trainer's `optim` option is the one that counts.
+    cpu: train on CPUs, where DeepSpeed's own Adam is not built: ask for torch's wherever DeepSpeed makes one.
     Raises RecipeError when the name or the file does not exist or is no JSON object.
     """
     wanted = recipe.distribution.deepspeed
@@ -28,11 +29,8 @@ def deepspeed_config(recipe: Recipe, cpu: bool = False) -> dict[str, Any] | None
     config = copy.deepcopy(wanted) if isinstance(wanted, dict) else _read(wanted)
     if cpu:
         config["zero_force_ds_cpu_optimizer"] = False
-        # "auto": the transformers integration fills in the trainer's learning rate, betas and so on.
-        optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
-        for name in ("lr", "betas", "eps", "weight_decay"):
-            optimizer.setdefault("params", {}).setdefault(name, "auto")
-        optimizer["params"]["torch_adam"] = True
+        if "adam" in config.get("optimizer", {}).get("type", "").lower():
+            config["optimizer"].setdefault("params", {})["torch_adam"] = True
     return config
 
 

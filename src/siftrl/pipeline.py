@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,15 +22,17 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is built, unless this is set
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import torch
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from siftrl import distributed, models, plugins, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.recipe import GRPOStage, ModelConfig, Recipe, SFTStage, dump
-from siftrl.report import print_summary, say
+from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
 from siftrl.rollout import RolloutOptions, Sampling
 from siftrl.run import Interrupted, Recorder, environment, write_json
@@ -53,6 +54,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     folder = recipe.run_folder
+    transformers_logging.disable_progress_bar()  # one bar a stage is enough; downloads keep theirs
+    datasets.disable_progress_bars()
     _open_process_group(recipe)
     if distributed.is_main():
         _open_folder(recipe, resume)
@@ -147,7 +150,9 @@ def _run_stage(
         trainer = _grpo_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     else:
         trainer = _sft_trainer(model, tokenizer, data, options, recorder)
-    start = time.perf_counter()
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress(stage.name))
     evals: dict[str, Any] = {}
     if isinstance(stage, GRPOStage) and stage.eval is not None and data.eval is not None:
         trainer.add_callback(_HeldOut(stage, trainer, data, recipe, evals))
@@ -155,17 +160,16 @@ def _run_stage(
     if checkpoint is not None:
         say(f"stage {stage.name}: resuming from {checkpoint}")
         state.discard_after(checkpoints, state.step_of(checkpoint)) if distributed.is_main() else None
-        evals.update(_earlier_evaluation(checkpoints))
+        if (before := checkpoints / "before.json").exists():
+            evals["before"] = json.loads(before.read_text(encoding="utf-8"))
     elif resume and distributed.is_main():
         recorder.rewind(-1)
     with _stop_on_signal(trainer) as stopped:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopped:
-        if distributed.is_main():
-            write_json(checkpoints / "before.json", evals)
         raise Interrupted(
-            f"stopped in stage {stage.name} after step {trainer.state.global_step}; the checkpoint is in {checkpoints}. "
-            "Go on with the same command and --resume"
+            f"stopped in stage {stage.name} after step {trainer.state.global_step}; the checkpoint is in "
+            f"{checkpoints}. Go on with the same command and --resume"
         )
     if isinstance(stage, GRPOStage) and "before" in evals:
         evals["after"] = _held_out(stage, trainer, data, recipe)
@@ -174,7 +178,6 @@ def _run_stage(
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
     report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
-    report["seconds"] |= {"total": time.perf_counter() - start}
     if data.report:
         report["data"] = data.report
     return report
@@ -207,7 +210,7 @@ def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: P
         "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
         "report_to": "none",
         "bf16": not on_cpu,
-        "model_init_kwargs": None,
+        "dataloader_pin_memory": not on_cpu,
     }
     if every is not None:
         options["save_steps"] = every
@@ -320,11 +323,6 @@ def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) 
     distributed.barrier()
 
 
-def _earlier_evaluation(checkpoints: Path) -> dict[str, Any]:
-    path = checkpoints / "before.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 class _HeldOut(TrainerCallback):
     """Evaluates on the held-out rows before the first step, and every so many steps."""
 
@@ -339,6 +337,9 @@ class _HeldOut(TrainerCallback):
         # here the model is on its device, and sharded where it will be
         if state.global_step == 0:
             self.evals["before"] = self._record(0)
+            if distributed.is_main():  # a resumed run cannot measure it any more
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                write_json(Path(args.output_dir) / "before.json", self.evals["before"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:

@@ -7,6 +7,7 @@ plain data: every other module takes them by attribute access.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,11 +158,16 @@ class Recipe(Section):
 
 
 def load_recipe(
-    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, check_installed: bool = True
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_ranks: int | None = None,
+    check_installed: bool = True,
 ) -> Recipe:
     """Read a recipe and check it against everything that can be known without torch.
 
     overrides: `key.path=value`, the value in YAML; a list's items by index, or stages by name: `stages.warmup.…`.
+    num_ranks: processes that the recipe will run on; None: as many as the launcher says, else one.
     check_installed: also require the packages that the recipe needs (vllm, deepspeed, ...).
     Raises RecipeError, one line: the file, the key, what is wrong, what to write.
     """
@@ -171,7 +177,7 @@ def load_recipe(
         document.data["name"] = Path(path).stem
     try:
         recipe = Recipe.model_validate(document.data)
-        check_recipe(recipe, world_size=world_size(), check_installed=check_installed)
+        check_recipe(recipe, world_size=num_ranks or world_size(), check_installed=check_installed)
     except ValidationError as error:
         raise RecipeError(document.located(*describe_error(error, document.data, Recipe))) from None
     except RecipeError as error:

@@ -48,7 +48,7 @@ _ENGINE_ARGS_OWNED = {
 
 def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) -> None:
     """Check the whole recipe for `world_size` processes; with `check_installed`, the packages that it needs too."""
-    need = _require if check_installed else _ignore
+    need = require_installed if check_installed else _ignore
     if recipe.model.quantize:
         need("bitsandbytes", "model", "quantize")
     if recipe.distribution.deepspeed is not None:
@@ -62,13 +62,13 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
         _check_stage(recipe, stage, ("stages", index), world_size, need)
 
 
-def _require(package: str, *key: str | int) -> None:
+def require_installed(package: str, *key: str | int) -> None:
     if importlib.util.find_spec(package) is None:
         raise RecipeError(f"needs the package {package}, which is not installed; pip install {_EXTRAS[package]}", *key)
 
 
 def _ignore(package: str, *key: str | int) -> None:
-    """In place of `_require`, where a recipe is checked on another machine than it will run on."""
+    """In place of `require_installed`, where a recipe is checked on another machine than it will run on."""
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -101,7 +101,7 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
     arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
     if stage.kind == "grpo":
         _check_rollout(stage.rollout, recipe, stage, (*key, "rollout"), world_size, need)
-        rows = _rows(recipe.data_of(stage))
+        rows = known_rows(recipe.data_of(stage))
         if rows is not None and arithmetic.prompts_proposed > rows:
             problem = f"a step draws {arithmetic.prompts_proposed} prompts, the data has only {rows} to train on"
             raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
@@ -115,10 +115,10 @@ def with_key(function: Any, *arguments: Any, key: Key) -> Any:
         raise RecipeError(error.problem, *key, *error.key) from None
 
 
-def _rows(data: DataConfig) -> int | None:
-    """Rows to train on, where the recipe alone tells."""
+def known_rows(data: DataConfig) -> int | None:
+    """Rows to train on, where the recipe alone tells: those made by reasoning-gym."""
     if data.reasoning_gym is None:
-        return data.limit
+        return None
     return min(data.reasoning_gym.size, data.limit or data.reasoning_gym.size)
 
 
@@ -167,20 +167,22 @@ def _check_data(data: DataConfig, key: Key, need: Any) -> None:
         return
     need("reasoning_gym", *key, "reasoning_gym")
     for index, task in enumerate(data.reasoning_gym.tasks):
-        task_key = (*key, "reasoning_gym", "tasks", index)
-        families = gym_families()
-        if not families:  # not installed, and not asked for
-            continue
-        if task.name not in families:
-            hint = near(task.name, families) or "; `siftrl list tasks` shows them"
-            raise RecipeError(f"reasoning-gym has no family {task.name!r}{hint}", *task_key, "name")
-        settings = gym_settings(task.name)
-        for name in task.config:
-            if name not in settings or name in ("seed", "size"):
-                known = sorted(set(settings) - {"seed", "size"})
-                raise RecipeError(
-                    f"{task.name} has no setting of that name{choose(name, known)}", *task_key, "config", name
-                )
+        check_gym_task(task.name, task.config, (*key, "reasoning_gym", "tasks", index))
+
+
+def check_gym_task(name: str, config: dict[str, Any], key: Key) -> None:
+    """Check a family's name and the names of its settings; their values are the library's to judge."""
+    families = gym_families()
+    if not families:  # not installed, and not asked for
+        return
+    if name not in families:
+        hint = near(name, families) or "; `siftrl list tasks` shows them"
+        raise RecipeError(f"reasoning-gym has no family {name!r}{hint}", *key, "name")
+    known = [setting for setting in gym_settings(name) if setting not in ("seed", "size")]
+    for setting in config:
+        if setting not in known:
+            problem = f"{name} has no setting of that name{choose(setting, known)}"
+            raise RecipeError(problem, *key, "config", setting)
 
 
 @functools.cache
@@ -193,6 +195,7 @@ def gym_families() -> dict[str, Path]:
             text = path.read_text(encoding="utf-8")
             for name in re.findall(r'^register_dataset\(\s*"(\w+)"|^DATASET_NAME = "(\w+)"', text, re.MULTILINE):
                 families[name[0] or name[1]] = path
+    families.pop("composite", None)  # the library's mixture of families; here `tasks` with weights does that
     return families
 
 
@@ -203,7 +206,7 @@ def gym_settings(family: str) -> dict[str, str]:
     module = parse(".".join((*package, path.stem)), path)
     config = _registered_config(module)
     fields = dataclass_fields(config, module)
-    return {name: ast.unparse(field.default) if field.default else "" for name, field in fields.items()}
+    return {name: ast.unparse(field.default).removeprefix("lambda: ") if field.default else "" for name, field in fields.items()}
 
 
 def _registered_config(module: Module) -> ast.ClassDef:

@@ -312,4 +312,4 @@ class OutputConfig(Section):
     dir: str = "runs"
     """The run folder is dir/name."""
     overwrite: bool = False
-    """Replace a run folder that exists; otherwise it is an error unless the run is resumed."""
+    """Replace a run that is in that folder already."""

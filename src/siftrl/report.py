@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from siftrl import distributed
 from siftrl.run import PARTS
@@ -23,12 +25,11 @@ def say(text: str) -> None:
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """A row a stage: steps, held-out reward before and after, rollouts, and where the time went."""
     table = Table(title=f"{folder}")
-    for heading in ("stage", "steps", "held-out reward", "rollouts", "tokens", "seconds", "of which"):
-        table.add_column(heading, justify="right" if heading in ("steps", "rollouts", "tokens", "seconds") else "left")
+    for heading in ("stage", "steps", "held-out reward", "rollouts", "tokens", "seconds"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in summary["stages"]:
         evals, seconds = stage["eval"], stage["seconds"]
         reward = f"{evals['before']['reward']:.3f} -> {evals['after']['reward']:.3f}" if "after" in evals else ""
-        parts = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.0f}" for part in PARTS if seconds[part] >= 0.5)
         table.add_row(
             f"{stage['name']} ({stage['kind']})",
             str(stage["steps"]),
@@ -36,7 +37,37 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{stage['rollouts']:,}" if stage["rollouts"] else "",
             f"{stage['tokens']:,}",
             f"{seconds['total']:.0f}",
-            parts,
         )
     _console.print(table)
-    _console.print(f"model: {folder / 'model'}   records: {folder / 'metrics.jsonl'}, selection.jsonl, samples.jsonl")
+    for stage in summary["stages"]:
+        seconds = stage["seconds"]
+        parts = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.1f}" for part in PARTS if seconds[part])
+        say(f"{stage['name']}: seconds by part: {parts}")
+    say(f"model:   {folder / 'model'}\nrecords: {folder}/metrics.jsonl, selection.jsonl, samples.jsonl, summary.json")
+
+
+class Progress(TrainerCallback):
+    """One bar a stage, with the figures one watches; everything else is in metrics.jsonl."""
+
+    SHOWN = {"loss": "loss", "reward": "reward", "effective_ratio": "effective", "prompts/explained_variance": "EV"}
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", leave=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        shown = {short: f"{logs[key]:.3g}" for key, short in self.SHOWN.items() if logs.get(key) is not None}
+        if self.bar is not None and shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -27,6 +27,7 @@ _BOTH = {
     "save_strategy": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "trust_remote_code": "model.trust_remote_code",
+    "model_init_kwargs": "model.dtype, model.revision or model.attn_implementation",
 }
 OWNED: dict[str, dict[str, str]] = {
     "sft": _BOTH | {"gradient_accumulation_steps": "rows_per_step and micro_batch_size"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class SiftMixin:
     def _init_sift(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
         self.clock = Clock()
+        self._started = time.perf_counter()
         self.add_callback(_OptimizerTimer(self.clock))  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
@@ -44,17 +46,23 @@ class SiftMixin:
 
     def sift_summary(self) -> dict[str, Any]:
         """This stage's figures for summary.json: rollouts, tokens (generated or trained on), seconds by part."""
-        return {"rollouts": 0, "tokens": 0, "seconds": dict(self.clock.seconds)}
+        return {"rollouts": 0, "tokens": 0, "seconds": self.seconds()}
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part and in all, those before a resume included."""
+        return {**self.clock.seconds, "total": time.perf_counter() - self._started}
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def sift_state(self) -> dict[str, Any]:
         """What the checkpoint holds beyond TRL's, the same on every rank: plain containers and tensors."""
-        return {"seconds": self.clock.seconds}
+        return {"seconds": self.seconds()}
 
     def load_sift_state(self, saved: dict[str, Any]) -> None:
         """Go on from `sift_state()`'s answer."""
-        self.clock.seconds.update(saved["seconds"])
+        earlier = dict(saved["seconds"])
+        self._started = time.perf_counter() - earlier.pop("total")
+        self.clock.seconds.update(earlier)
 
     def rank_state(self) -> dict[str, Any]:
         """What the checkpoint holds of this rank alone."""

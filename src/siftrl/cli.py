@@ -1,0 +1,268 @@
+"""The command line. Arguments and recipes are checked first, and torch is imported afterwards.
+
+Exit codes: 0 done; 2 a mistake of the user's, one line on standard error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from siftrl import __version__
+from siftrl.recipe_text import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+_RECIPE_HELP = "a YAML file, or the name of a recipe that comes with siftrl (siftrl list recipes)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # rewards and selectors of the user's: `my_rewards:score`
+    try:
+        return args.run(args)
+    except RecipeError as error:
+        return _fail(error)
+    except ValueError as error:
+        if os.environ.get("SIFTRL_TRACEBACK") or not _ours(error.__traceback__):
+            raise
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `siftrl show r.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(error: Exception) -> int:
+    print("siftrl: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _ours(trace: TracebackType | None) -> bool:
+    """Whether siftrl raised an error: its ValueErrors are the user's to mend, a library's deserve a traceback."""
+    source = traceback.extract_tb(trace)[-1].filename
+    package = Path(__file__).resolve().parent
+    homes = (package, (package / "selectors").resolve(), (package / "rewards").resolve())
+    return any(Path(source).resolve().is_relative_to(home) for home in homes)
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file: a path, or the name of one that comes with siftrl."""
+    packaged = RECIPES / f"{name}.yaml"
+    return packaged if packaged.is_file() and not Path(name).exists() else Path(name)
+
+
+# ------------------------------------------------------------------------------------------------------- the parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    # Overrides may stand on both sides of an option, which argparse alone does not allow.
+    args, rest = parser.parse_known_args(arguments)
+    if "overrides" in args:
+        args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in args.overrides]
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}; `siftrl {args.command} --help` shows what there is")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siftrl", description="Post-train language models on the data worth training on."
+    )
+    parser.add_argument("--version", action="version", version=f"siftrl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe", description="Run a recipe, stage by stage.")
+    _add_recipe(train)
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.set_defaults(run=_train)
+
+    validate = commands.add_parser(
+        "validate", help="check a recipe without running it", description="Check a recipe; nothing is run or loaded."
+    )
+    show = commands.add_parser(
+        "show", help="print a recipe, defaults included, and its batch arithmetic", description="Print a recipe."
+    )
+    for command, run in ((validate, _validate), (show, _show)):
+        _add_recipe(command)
+        command.add_argument("--ranks", type=_count, help="processes that it will run on (default: WORLD_SIZE, or 1)")
+        command.add_argument(
+            "--not-here", action="store_true", help="do not ask for the packages that the recipe needs"
+        )
+        command.set_defaults(run=run)
+
+    listing = commands.add_parser(
+        "list",
+        help="list selectors, rewards, recipes, or reasoning-gym's tasks",
+        description="List what there is, with the keys that each takes.",
+    )
+    listing.add_argument("what", choices=["selectors", "rewards", "recipes", "tasks"])
+    listing.set_defaults(run=_list)
+
+    schema = commands.add_parser(
+        "schema",
+        help="print the JSON schema of recipes, for editors",
+        description="Print the JSON schema of recipes. After `siftrl schema > recipe.schema.json`, an editor with the "
+        "YAML language server checks a recipe that begins with "
+        "`# yaml-language-server: $schema=recipe.schema.json`.",
+    )
+    schema.set_defaults(run=_schema)
+    _add_eval(commands)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    command.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="set a key of the recipe, for example seed=1 or stages.grpo.trainer.max_steps=50",
+    )
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="mean reward and pass@k of a model",
+        description="Generate completions for a data set's prompts and score them.",
+    )
+    command.add_argument("model", metavar="MODEL", help="a folder or a hub name")
+    command.add_argument("--data", required=True, help="a file, folder or hub name, or reasoning_gym:FAMILY")
+    command.add_argument("--split", default="test", help="the split of --data (default: %(default)s)")
+    command.add_argument("--prompt", help="the column with the prompt (default: prompt; question for reasoning_gym)")
+    command.add_argument("--prompt-template", help='makes the prompt out of columns, for example "{question}="')
+    command.add_argument(
+        "--reward", required=True, action="append", help="a reward's name or package.module:name; may be repeated"
+    )
+    command.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    command.add_argument("--samples", type=_count, default=1, help="completions a prompt (default: %(default)s)")
+    command.add_argument(
+        "--k", type=_counts, default=[], metavar="K,...", help="which pass@k to report, for example 1,4"
+    )
+    command.add_argument("--temperature", type=_temperature, help="0: greedy (default: 0 for one sample, else 1)")
+    command.add_argument("--max-tokens", type=_count, default=512, help="of a completion (default: %(default)s)")
+    command.add_argument("--batch-size", type=_count, default=256, help="completions at once (default: %(default)s)")
+    command.add_argument("--limit", type=_count, help="only the first rows (reasoning_gym: that many; default 256)")
+    command.add_argument("--out", metavar="FILE.jsonl", help="write each prompt's completions and rewards")
+    command.set_defaults(run=_eval)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return sorted({_count(part.strip()) for part in text.split(",")})
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------- the commands
+
+
+def _train(args: argparse.Namespace) -> int:
+    from siftrl.recipe import load_recipe
+
+    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+
+    from siftrl.pipeline import run_recipe
+    from siftrl.run import Interrupted
+
+    try:
+        run_recipe(recipe, resume=args.resume)
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop.message, file=sys.stderr)
+        return 130
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from siftrl.recipe import load_recipe
+
+    path = find_recipe(args.recipe)
+    recipe = load_recipe(path, args.overrides, num_ranks=args.ranks, check_installed=not args.not_here)
+    print(f"{path}: a valid recipe, stages: {', '.join(stage.name for stage in recipe.stages)}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from siftrl.recipe import dump, load_recipe
+    from siftrl.show import arithmetic_text
+
+    recipe = load_recipe(
+        find_recipe(args.recipe), args.overrides, num_ranks=args.ranks, check_installed=not args.not_here
+    )
+    print(dump(recipe))
+    for stage in recipe.stages:
+        print("\n".join(f"# {line}".rstrip() for line in arithmetic_text(recipe, stage, args.ranks).splitlines()))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from siftrl import show
+
+    if args.what == "recipes":
+        print(show.recipes_text(RECIPES))
+    elif args.what == "tasks":
+        print(show.tasks_text())
+    else:
+        print(show.plugins_text("selector" if args.what == "selectors" else "reward"))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from siftrl.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from siftrl import plugins
+    from siftrl.recipe_checks import check_gym_task, require_installed
+
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 else 1.0
+    if args.samples > 1 and args.temperature == 0:
+        raise RecipeError(f"{args.samples} greedy completions are all the same; raise --temperature", "--samples")
+    if args.k and args.k[-1] > args.samples:
+        raise RecipeError(f"pass@{args.k[-1]} needs --samples {args.k[-1]} or more, not {args.samples}", "--k")
+    for name in args.reward:
+        try:
+            plugins.validate("reward", name, {})
+        except plugins.PluginError as error:
+            raise RecipeError(error.problem, "--reward") from None
+        if name in ("reasoning_gym", "math_verify"):
+            require_installed(name, "--reward")
+    if args.engine == "vllm":
+        require_installed("vllm", "--engine")
+    source, colon, family = args.data.partition(":")
+    if colon and source == "reasoning_gym":
+        require_installed("reasoning_gym", "--data")
+        check_gym_task(family, {}, ("--data",))
+
+    from siftrl.evaluate import evaluate_command
+
+    return evaluate_command(args)

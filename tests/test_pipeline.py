@@ -1,0 +1,208 @@
+"""Whole runs of small recipes, from the command line, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+RECIPE: dict[str, Any] = {
+    "name": "small",
+    "model": {"scratch": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "max_positions": 128}},
+    "data": {
+        "reasoning_gym": {
+            "tasks": [{"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}],
+            "size": 60,
+        },
+        "prompt_template": "{metadata[expression]}=",
+        "eval": {"size": 8},
+    },
+    "rewards": ["reasoning_gym"],
+    "stages": [
+        {
+            "kind": "sft",
+            "name": "warmup",
+            "rows_per_step": 16,
+            "micro_batch_size": 16,
+            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False},
+        },
+        {
+            "kind": "grpo",
+            "prompts_per_step": 4,
+            "completions_per_prompt": 4,
+            "micro_batch_size": 8,
+            "prompt_selector": {"name": "prompt_curriculum", "candidates": 3, "fallback": False},
+            "rollout": {"max_completion_tokens": 4},
+            "eval": {"every": 8},
+            "trainer": {"max_steps": 20, "learning_rate": 1e-4, "gradient_checkpointing": False},
+        },
+    ],
+    "checkpoint": {"every": 5},
+    "logging": {"every": 1},
+}
+
+
+def siftrl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "siftrl", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def write_recipe(folder: Path, **changes: Any) -> str:
+    (folder / "small.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    return "small.yaml"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def chosen(run: Path) -> dict[int, list[int]]:
+    return {
+        line["step"]: [c["id"] for c in line["candidates"] if c["chosen"]] for line in lines(run / "selection.jsonl")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    done = siftrl("train", write_recipe(folder), cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out reward" in done.stdout
+    return folder / "runs" / "small"
+
+
+def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    warmup, grpo = summary["stages"]
+    assert (warmup["name"], warmup["kind"], grpo["name"], grpo["kind"]) == ("warmup", "sft", "grpo", "grpo")
+    assert grpo["rollouts"] == 20 * 16 and 320 <= grpo["tokens"] <= 320 * 4
+    assert 0 <= grpo["eval"]["before"]["reward"] <= 1 and grpo["eval"]["after"]["rows"] == 8
+    parts = {"propose", "generate", "reward", "value_update", "policy_update", "weight_sync", "total"}
+    assert grpo["seconds"].keys() == parts
+    assert sum(grpo["seconds"][part] for part in parts - {"total"}) <= grpo["seconds"]["total"]
+    assert all(grpo["seconds"][part] > 0 for part in parts - {"weight_sync"})
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["versions"]["trl"].startswith("1.16") and environment["world_size"] == 1
+    metrics = lines(whole / "metrics.jsonl")
+    held_out = [line["step"] for line in metrics if "held_out" in line]
+    assert held_out == [0, 8, 16, 20]
+    assert {line["stage"] for line in metrics} == {"warmup", "grpo"}
+    selection = lines(whole / "selection.jsonl")
+    assert len(selection) == 20 and all(len(line["candidates"]) == 12 for line in selection)
+    assert all(sum(c["chosen"] for c in line["candidates"]) == 4 for line in selection)
+    assert {c["why"] for line in selection for c in line["candidates"] if c["chosen"]} == {"score", "explore"}
+    assert len(lines(whole / "samples.jsonl")) == 20 * 4
+    assert sorted(p.name for p in (whole / "checkpoints" / "grpo").glob("checkpoint-*")) == [
+        "checkpoint-15",
+        "checkpoint-20",
+    ]
+
+
+def test_the_saved_model_is_the_trained_one_and_loads_anywhere(whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    start = AutoModelForCausalLM.from_pretrained(whole / "stages" / "warmup")
+    assert not (model.model.norm.weight == start.model.norm.weight).all()
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    assert tokenizer.decode(tokenizer("1+1=")["input_ids"]) == "1+1="
+
+
+def test_an_existing_run_is_not_overwritten_unasked(whole: Path) -> None:
+    done = siftrl("train", "small.yaml", cwd=whole.parents[1])
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr and "--resume" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_resolved_recipe_runs_the_same(whole: Path, tmp_path: Path) -> None:
+    recipe = whole / "recipe.yaml"
+    done = siftrl("validate", str(recipe), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_a_stopped_run_resumes_to_the_same_end(whole: Path, tmp_path: Path, how: str) -> None:
+    """Stopped in the GRPO stage after step 11: by Ctrl-C (which saves), or killed (which loses up to 5 steps)."""
+    command = [sys.executable, "-m", "siftrl", "train", write_recipe(tmp_path)]
+    run = tmp_path / "runs" / "small"
+    # Popen in a session of its own: only the run gets the signal
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = run / "selection.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= 11:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT if how == "interrupt" else signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=60)
+    if how == "interrupt":
+        assert process.returncode == 130, stderr[-3000:]
+        assert "--resume" in stdout + stderr
+        steps = [int(p.name.split("-")[1]) for p in (run / "checkpoints" / "grpo").glob("checkpoint-*")]
+        assert 11 <= max(steps) < 20
+    resumed = siftrl("train", "small.yaml", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert chosen(run) == chosen(whole)
+    assert [line["step"] for line in lines(run / "selection.jsonl")] == list(range(1, 21))
+    before, after = (json.loads((folder / "summary.json").read_text())["stages"][1] for folder in (whole, run))
+    assert after["eval"] == before["eval"]
+    assert (after["rollouts"], after["tokens"]) == (before["rollouts"], before["tokens"])
+    ours, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (run, whole))
+    assert ours == theirs
+
+
+def test_resume_passes_over_a_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "runs" / "small"
+    shutil.copytree(whole, folder)
+    write_recipe(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({"stages": summary["stages"][:1]}))  # as if the end was lost
+    newest = folder / "checkpoints" / "grpo" / "checkpoint-20" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    done = siftrl("train", "small.yaml", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-15" in done.stdout and "optimizer.pt has 100 bytes" in done.stderr
+    assert chosen(folder) == chosen(whole)
+
+
+def test_lora_is_merged_for_the_next_stage_and_kept_beside(tmp_path: Path) -> None:
+    stages = [dict(stage) for stage in RECIPE["stages"]]
+    stages[0]["trainer"] = stages[0]["trainer"] | {"max_steps": 2}
+    stages[1] = stages[1] | {"eval": None, "trainer": stages[1]["trainer"] | {"max_steps": 2}}
+    model = RECIPE["model"] | {"lora": {"r": 4, "alpha": 8.0}}
+    done = siftrl("train", write_recipe(tmp_path, model=model, stages=stages), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "runs" / "small"
+    merged = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    scratch = AutoModelForCausalLM.from_pretrained(run / "stages" / "scratch").state_dict()
+    moved = {name for name in scratch if not (merged[name] == scratch[name]).all()}
+    assert moved and all("proj" in name for name in moved)
+    assert (run / "model" / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_launchers_reach_the_same_result(whole: Path, tmp_path: Path) -> None:
+    """torchrun on one rank: the third way in, with the script that DeepSpeed's launcher runs, too."""
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    write_recipe(tmp_path)
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [str(torchrun), "--standalone", "--nproc_per_node", "1", str(script), "small.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert chosen(tmp_path / "runs" / "small") == chosen(whole)
