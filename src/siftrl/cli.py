@@ -1,6 +1,7 @@
 """The command line. Arguments and recipes are checked first, and torch is imported afterwards.
 
-Exit codes: 0 done; 2 a mistake of the user's, one line on standard error; 130 interrupted.
+Exit codes: 0 done; 1 siftrl stopped the run, or it crashed; 2 a mistake of the user's; 130 interrupted. What siftrl
+itself raises is one line on standard error (with SIFTRL_TRACEBACK=1 the traceback); other errors keep theirs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("SIFTRL_TRACEBACK") or not _ours(error.__traceback__):
             raise
         return _fail(error)
+    except (RuntimeError, ArithmeticError) as error:
+        if os.environ.get("SIFTRL_TRACEBACK") or not _ours(error.__traceback__):
+            raise
+        _fail(error)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -183,11 +189,13 @@ def _temperature(text: str) -> float:
 
 def _train(args: argparse.Namespace) -> int:
     from siftrl.recipe import load_recipe
+    from siftrl.run import Interrupted, check_folder
 
     recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    if os.environ.get("RANK", "0") == "0":  # the other ranks may come when the first has made the folder
+        check_folder(recipe, args.resume)
 
     from siftrl.pipeline import run_recipe
-    from siftrl.run import Interrupted
 
     try:
         run_recipe(recipe, resume=args.resume)

@@ -35,7 +35,7 @@ from siftrl.recipe import GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
 from siftrl.rollout import RolloutOptions, Sampling
-from siftrl.run import Interrupted, Recorder, environment, write_json
+from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,16 +102,9 @@ def _open_process_group(recipe: Recipe) -> None:
 
 def _open_folder(recipe: Recipe, resume: bool) -> None:
     folder = recipe.run_folder
-    started = (folder / "recipe.yaml").exists()
-    if resume and not started:
-        raise ValueError(f"there is no run to resume in {folder}; start it without --resume")
-    if started and not resume:
-        if not recipe.output.overwrite:
-            raise ValueError(
-                f"{folder} holds a run already: go on with it with --resume, or choose another name "
-                f"(name={recipe.name}-2), or write over it (output.overwrite=true)"
-            )
-        shutil.rmtree(folder)
+    check_folder(recipe, resume)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
         _warn_of_changes(folder / "recipe.yaml", dump(recipe))

@@ -206,7 +206,10 @@ def gym_settings(family: str) -> dict[str, str]:
     module = parse(".".join((*package, path.stem)), path)
     config = _registered_config(module)
     fields = dataclass_fields(config, module)
-    return {name: ast.unparse(field.default).removeprefix("lambda: ") if field.default else "" for name, field in fields.items()}
+    return {
+        name: ast.unparse(field.default).removeprefix("lambda: ") if field.default else ""
+        for name, field in fields.items()
+    }
 
 
 def _registered_config(module: Module) -> ast.ClassDef:

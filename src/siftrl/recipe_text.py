@@ -168,18 +168,24 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
             parsed = parse_yaml(value)
         except yaml.YAMLError:
             raise RecipeError(f"override {text!r}: the value is not YAML; put it in quotes") from None
-        target, key = document.data, ()  # type: Any, Key
-        for position, part in enumerate(path.split(".")):
-            last = position == path.count(".")
-            step: str | int = _item(target, part, text, key) if isinstance(target, list) else part
+        target: Any = document.data
+        key: Key = ()
+        *parents, last = path.split(".")
+        for part in parents:
+            step = _item(target, part, text, key) if isinstance(target, list) else part
+            inner = target.get(step) if isinstance(target, dict) else target[step]
+            if inner is None:
+                inner = {}
+            elif isinstance(inner, str) and (step == "prompt_selector" or key[-1:] == ("rewards",)):
+                inner = {"name": inner}  # the short form of a plugin
             key = (*key, step)
-            if last:
-                target[step] = parsed
-            elif isinstance(target, dict) and target.get(step) is None:
-                target[step] = {}
-            target = target[step]
-            if not last and not isinstance(target, (dict, list)):
-                raise RecipeError(f"override {text!r}: {dotted(key)} is {kind_of(target)}, nothing lies below it")
+            if not isinstance(inner, (dict, list)):
+                raise RecipeError(f"override {text!r}: {dotted(key)} is {kind_of(inner)}, nothing lies below it")
+            target[step] = inner
+            target = inner
+        step = _item(target, last, text, key) if isinstance(target, list) else last
+        target[step] = parsed
+        key = (*key, step)
         document.overrides[key] = text
 
 

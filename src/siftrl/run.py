@@ -1,4 +1,4 @@
-"""The run folder: resolved recipe, versions, metrics, audit log, samples, summary.
+"""The run folder: resolved recipe, versions, metrics, audit log, samples, summary. Imported before torch is.
 
 Only the main rank writes. Every line of the .jsonl files carries its stage and step, so that a resumed run can drop
 what was written after the checkpoint it goes on from.
@@ -17,10 +17,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siftrl import __version__
-from siftrl.types import Candidates, Selection
+
+if TYPE_CHECKING:
+    from siftrl.recipe import Recipe
+    from siftrl.types import Candidates, Selection
 
 PARTS = ("propose", "generate", "reward", "value_update", "policy_update", "weight_sync")
 LOGS = ("metrics.jsonl", "selection.jsonl", "samples.jsonl")
@@ -45,6 +48,19 @@ class Interrupted(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+def check_folder(recipe: Recipe, resume: bool) -> None:
+    """Raises ValueError when a new run would hide an old one, or there is none to resume."""
+    folder = recipe.run_folder
+    started = (folder / "recipe.yaml").exists()
+    if resume and not started:
+        raise ValueError(f"there is no run to resume in {folder}; start it without --resume")
+    if started and not resume and not recipe.output.overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: go on with it with --resume, or choose another name "
+            f"(name={recipe.name}-2), or write over it (output.overwrite=true)"
+        )
 
 
 class Clock:

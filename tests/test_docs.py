@@ -1,0 +1,343 @@
+"""What the documentation shows works: recipes validate, commands parse, examples run, keys and links are right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from siftrl import cli, plugins, recipe
+from siftrl.recipe_text import parse_yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+README = ROOT / "README.md"
+SECTIONS = {
+    "Top level": recipe.Recipe,
+    "model": recipe.ModelConfig,
+    "model.scratch": recipe.ScratchConfig,
+    "model.lora": recipe.LoraConfig,
+    "data": recipe.DataConfig,
+    "data.reasoning_gym": recipe.ReasoningGymConfig,
+    "data.reasoning_gym.tasks[]": recipe.ReasoningGymTask,
+    "data.eval": recipe.EvalDataConfig,
+    "rewards[]": recipe.RewardConfig,
+    "stages[]": recipe.Stage,
+    "stages[] with kind: sft": recipe.SFTStage,
+    "stages[] with kind: grpo": recipe.GRPOStage,
+    "stages[].rollout": recipe.RolloutConfig,
+    "stages[].eval": recipe.EvalConfig,
+    "distribution": recipe.DistributionConfig,
+    "checkpoint": recipe.CheckpointConfig,
+    "logging": recipe.LoggingConfig,
+    "output": recipe.OutputConfig,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ```language info."""
+
+    page: Path
+    line: int
+    language: str
+    info: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^( *)```(\w+) ?(.*)\n([\s\S]*?)^\1```$", text, re.MULTILINE):
+            indent, language, info, body = match.groups()
+            line = text.count("\n", 0, match.start()) + 1
+            if language in languages:
+                body = "".join(row.removeprefix(indent) for row in body.splitlines(keepends=True))
+                found.append(Block(page, line, language, info, body))
+    return found
+
+
+YAML = blocks("yaml")
+BASE = """
+model: {path: some/model}
+data: {path: data.jsonl, eval: {size: 8}}
+rewards: [exact_match]
+stages: [{kind: grpo, trainer: {max_steps: 1}}]
+"""
+
+
+def write_example_files(folder: Path) -> None:
+    for block in blocks("python"):
+        if block.info.startswith("file="):
+            path = folder / block.info.removeprefix("file=")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+
+
+@pytest.fixture()
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages show, as the current and importable one."""
+    write_example_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+    plugins.option_model.cache_clear()
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_pages_show_recipes() -> None:
+    assert {block.page.name for block in YAML if block.info == "recipe"} >= {"README.md", "recipes.md"}
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_every_yaml_block_is_a_recipe_or_part_of_one(block: Block, examples: Path) -> None:
+    """`yaml recipe`: a whole recipe. `yaml part`: keys of a recipe, or else of its grpo stage."""
+    assert block.info in ("recipe", "part"), f"{block}: mark the block as `yaml recipe` or `yaml part`"
+    content = parse_yaml(block.text)
+    if block.info == "part":
+        whole = parse_yaml(BASE)
+        for key, value in content.items():
+            (whole if key in recipe.Recipe.model_fields else whole["stages"][0])[key] = value
+        content = whole
+    file = examples / "recipe.yaml"
+    file.write_text(recipe.dump_yaml(content), encoding="utf-8")
+    loaded = recipe.load_recipe(file, check_installed=False)
+    for stage in loaded.stages:
+        for reward in loaded.rewards_of(stage):
+            plugins.load("reward", reward.name, reward.options)
+        if stage.kind == "grpo" and stage.prompt_selector:
+            plugins.load("selector", stage.prompt_selector.name, stage.prompt_selector.options)
+
+
+# ---------------------------------------------------------------------------------------------------------- keys
+
+
+def as_text(model: Any, name: str) -> str:
+    """A key's default as the tables write it."""
+    field = model.model_fields[name]
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    if hasattr(default, "model_dump"):
+        return "see below"
+    return f"`{json.dumps(default)}`"
+
+
+def table(text: str) -> dict[str, str]:
+    """key -> default of the first table in `text`."""
+    rows: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            name, default = [cell.strip() for cell in line.strip("|").split(" | ")][:2]
+            rows[name.strip("` ")] = default
+        elif rows:
+            break
+    return rows
+
+
+def section(title: str) -> str:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    match = re.search(rf"^#+ {re.escape(title)}$([\s\S]*?)(?=^#|\Z)", text.partition("# Every key")[2], re.MULTILINE)
+    assert match, f"recipes.md has no section {title}"
+    return match[1]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_recipes_md_has_every_key_with_its_default(title: str) -> None:
+    model = SECTIONS[title]
+    shown = table(section(title))
+    names = set(model.model_fields)
+    if issubclass(model, recipe.Stage) and model is not recipe.Stage:
+        names -= set(recipe.Stage.model_fields) | {"kind"}
+    if model is recipe.Stage:
+        assert shown.pop("kind") == "required"
+    assert set(shown) == names
+    for name in names - {"name"}:
+        assert shown[name] == as_text(model, name), name
+
+
+def test_every_section_of_the_recipe_is_covered() -> None:
+    known = {name for name in dir(recipe) if isinstance(getattr(recipe, name), type)}
+    models = {name for name in known if issubclass(getattr(recipe, name), recipe.Section)}
+    assert models - {"Section"} == {model.__name__ for model in SECTIONS.values()}
+
+
+def key_tables() -> dict[str, dict[str, str]]:
+    tables = {}
+    for page in PAGES:
+        for part in re.split(r"<!-- keys: ", page.read_text(encoding="utf-8"))[1:]:
+            name, _, rest = part.partition(" -->\n")
+            tables[name] = table(rest) if rest.startswith("|") else {}
+    return tables
+
+
+@pytest.mark.parametrize("kind", ["selector", "reward"])
+def test_every_plugin_is_documented_with_its_keys(kind: Any) -> None:
+    tables = key_tables()
+    for name in plugins.names(kind):
+        model = plugins.option_model(kind, name)
+        assert set(tables[name]) == set(model.model_fields), name
+        assert tables[name] == {key: as_text(model, key) for key in model.model_fields}, name
+    value = plugins.option_model("selector", "prompt_curriculum").model_fields["value"].annotation
+    assert value is not None
+    assert tables["value"] == {key: as_text(value, key) for key in value.model_fields}
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command line in a ```bash block, as words."""
+    found = []
+    for block in blocks("bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                    words = words[1:]
+                found.append((str(block), words))
+    return found
+
+
+def siftrl_arguments(words: list[str]) -> list[str] | None:
+    """What siftrl's parser gets of a command line, through whichever launcher; None for other commands."""
+    if words[0] == "siftrl":
+        return words[1:]
+    if "scripts/train.py" in words:
+        return ["train", *words[words.index("scripts/train.py") + 1 :]]
+    if "siftrl" in words and words[words.index("siftrl") - 1] in ("-m", "--module"):
+        return words[words.index("siftrl") + 1 :]
+    return None
+
+
+OURS = [(where, rest) for where, words in commands() if (rest := siftrl_arguments(words)) is not None]
+
+
+def test_every_command_of_siftrl_is_shown() -> None:
+    assert {rest[0] for _, rest in OURS} == {"train", "validate", "show", "list", "eval", "schema"}
+
+
+@pytest.mark.parametrize(("where", "arguments"), OURS, ids=[f"{where}-{rest[0]}" for where, rest in OURS])
+def test_every_command_parses(where: str, arguments: list[str], tmp_path: Path) -> None:
+    """... and its overrides fit its recipe; `my-recipe.yaml` is the README's."""
+    if ">" in arguments:
+        arguments = arguments[: arguments.index(">")]
+    args = cli._parse(arguments)
+    if "recipe" in args:
+        path = ROOT / cli.find_recipe(args.recipe)  # an absolute path stays as it is
+        if args.recipe == "my-recipe.yaml":
+            path = tmp_path / "my-recipe.yaml"
+            path.write_text(next(block.text for block in YAML if block.page == README and block.info == "recipe"))
+        recipe.load_recipe(path, args.overrides, check_installed=False)
+    if args.command == "eval":
+        for name in args.reward:
+            plugins.find("reward", name)
+
+
+def test_commands_name_files_and_targets_that_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for where, words in commands():
+        if words[0] == "make":
+            assert words[1] in targets, where
+        for word in words:
+            if word.startswith(("scripts/", "recipes/", ".venv/bin/pytest", "tests/")) and not word.startswith(".venv"):
+                assert (ROOT / word).is_file(), f"{where}: {word}"
+
+
+# --------------------------------------------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```[\s\S]*?```", "", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_resolve(page: Path) -> None:
+    text = re.sub(r"```[\s\S]*?```", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        goal = (page.parent / file).resolve() if file else page
+        assert goal.is_file(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(goal), f"{page.name}: {target}"
+
+
+# ------------------------------------------------------------------------------------------------------ examples
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs_as_it_stands(
+    tiny_model: str, examples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a random model where the quickstart would have left a trained one."""
+    (examples / "runs" / "quickstart").mkdir(parents=True)
+    (examples / "runs" / "quickstart" / "model").symlink_to(tiny_model)
+    code = [block for block in blocks("python") if block.page == README and not block.info]
+    assert len(code) == 2
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in code:
+        exec(compile(block.text, str(block), "exec"), namespace)
+    trainer = namespace["trainer"]
+    assert trainer.state.global_step == 20 and trainer.rollouts == 20 * 64
+    assert trainer.prompt_selector.target == pytest.approx(0.8 - 0.5 * 19 / 20)  # the override was in use
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ \d+ \w+ ", line)]
+    assert len(printed) == 20 * 8 and {line[2] for line in printed} <= {"uniform", "score", "explore"}
+    assert (examples / "runs" / "easy-to-hard" / "model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("my_package.my_file:MySelector", "longest"), ("my_package.rarely_seen:RarelySeen", "rare")],
+)
+def test_the_selectors_shown_train_from_a_recipe(tiny_model: str, examples: Path, name: str, expected: str) -> None:
+    rows = [{"prompt": "+".join(["1"] * n) + "=", "answer": str(n)} for n in range(1, 13)]
+    (examples / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (examples / "run.yaml").write_text(
+        recipe.dump_yaml(
+            {
+                "model": {"path": tiny_model},
+                "data": {"path": "data.jsonl"},
+                "rewards": ["exact_match", {"name": "my_package.rewards:brevity", "options": {"limit": 50}}],
+                "stages": [
+                    {
+                        "kind": "grpo",
+                        "prompts_per_step": 2,
+                        "completions_per_prompt": 2,
+                        "micro_batch_size": 4,
+                        "prompt_selector": {"name": name, "candidates": 4},
+                        "rollout": {"max_completion_tokens": 4},
+                        "trainer": {"max_steps": 3, "use_cpu": True, "disable_tqdm": True},
+                    }
+                ],
+            }
+        )
+    )
+    assert cli.main(["train", "run.yaml"]) == 0
+    steps = [json.loads(line) for line in (examples / "runs" / "run" / "selection.jsonl").read_text().splitlines()]
+    assert len(steps) == 3
+    seen: list[int] = []
+    for step in steps:
+        kept = [c["id"] for c in step["candidates"] if c["chosen"]]
+        if expected == "longest":
+            assert sorted(kept) == sorted(c["id"] for c in step["candidates"])[-2:]
+        else:
+            times = [seen.count(c["id"]) for c in step["candidates"]]
+            assert sorted(seen.count(row) for row in kept) == sorted(times)[:2]
+            assert all(c["why"] == "rare" for c in step["candidates"] if c["chosen"])
+        seen += kept

@@ -1,0 +1,442 @@
+"""The recipe: what loads, what is refused and in which words, and the arithmetic of a step."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from siftrl import recipe_checks
+from siftrl.recipe import (
+    DataConfig,
+    DistributionConfig,
+    GRPOStage,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    SFTStage,
+    batch_arithmetic,
+    deepspeed_config,
+    dump,
+    load_recipe,
+    resolved,
+)
+from siftrl.recipe_text import parse_yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BASE = """\
+model:
+  scratch: {hidden_size: 96}
+data:
+  path: rows.jsonl
+  eval: {size: 100}
+rewards:
+  - exact_match
+stages:
+  - kind: sft
+    name: warmup
+    rows_per_step: 128
+    micro_batch_size: 64
+    trainer: {max_steps: 1200, learning_rate: 1e-3, eval_strategy: no}
+  - kind: grpo
+    prompts_per_step: 16
+    completions_per_prompt: 16
+    micro_batch_size: 64
+    prompt_selector: {name: prompt_curriculum}
+    trainer: {max_steps: 20}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def refusal(path: Path, *overrides: str, **options: bool) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- what loads
+
+
+def test_defaults_and_plugins_are_filled_in(base: Path) -> None:
+    recipe = load_recipe(base)
+    warmup, grpo = recipe.stages
+    assert isinstance(warmup, SFTStage) and isinstance(grpo, GRPOStage)
+    assert (recipe.name, warmup.name, grpo.name) == ("base", "warmup", "grpo")
+    assert warmup.trainer == {"max_steps": 1200, "learning_rate": 0.001, "eval_strategy": "no"}
+    assert grpo.prompt_selector is not None
+    assert grpo.prompt_selector.options["candidates"] == 4
+    assert grpo.prompt_selector.options["value"]["body"] == "own"
+    assert recipe.rewards[0].options["column"] == "answer"
+    assert recipe.data_of(grpo) is recipe.data and recipe.rewards_of(grpo) is recipe.rewards
+    assert recipe.model.scratch is not None and recipe.model.scratch.head_dim == 16
+    assert recipe.run_folder == Path("runs/base")
+
+
+def test_reasoning_gym_has_its_own_columns() -> None:
+    data = DataConfig.model_validate({"reasoning_gym": {"tasks": [{"name": "chain_sum"}]}})
+    assert (data.prompt, data.completion) == ("question", "answer")
+
+
+def test_overrides_reach_lists_by_index_and_by_name(base: Path) -> None:
+    recipe = load_recipe(
+        base,
+        [
+            "seed=3",
+            "stages.warmup.trainer.learning_rate=1e-4",
+            "stages.1.rollout.temperature=0.5",
+            "stages.grpo.prompt_selector.value.lr=2e-4",
+            "rewards.0.weight=2",
+            "stages.grpo.rewards=[{name: exact_match, options: {ignore_case: true}}]",
+            "distribution.deepspeed=null",
+        ],
+    )
+    warmup, grpo = recipe.stages
+    assert isinstance(grpo, GRPOStage) and grpo.prompt_selector is not None
+    assert (recipe.seed, warmup.trainer["learning_rate"], grpo.rollout.temperature) == (3, 1e-4, 0.5)
+    assert grpo.prompt_selector.options["value"]["lr"] == 2e-4
+    assert recipe.rewards[0].weight == 2.0
+    assert recipe.rewards_of(grpo)[0].options["ignore_case"] is True
+    assert recipe.rewards_of(warmup)[0].options["ignore_case"] is False
+
+
+def test_yaml_reads_numbers_and_words_as_they_look() -> None:
+    read = parse_yaml("[1e-4, 1.5E+3, -2e5, .5, 3, 0x10, 1_000, no, off, 2026-01-01, true, ~, 1.0e-05, .inf]")
+    assert read == [1e-4, 1500.0, -2e5, 0.5, 3, 16, 1000, "no", "off", "2026-01-01", True, None, 1e-5, float("inf")]
+    assert [type(value) for value in read[:5]] == [float, float, float, float, int]
+
+
+@pytest.mark.parametrize("path", [*RECIPES, None], ids=lambda path: path.stem if path else "base")
+def test_a_written_recipe_loads_to_the_same(path: Path | None, base: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path or base, ["seed=5"], check_installed=False)
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump(recipe))
+    again = load_recipe(copy, check_installed=False)
+    assert again == recipe
+    assert resolved(again) == resolved(recipe)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_opens_with_its_launch_line_and_fits_its_ranks(path: Path) -> None:
+    opening = re.match(r"(#.*\n)+", path.read_text())
+    assert opening, "a recipe opens with a comment"
+    ranks = re.search(r"--num_gpus (\d+)", opening[0])
+    launcher = "scripts/train.py" if ranks else "siftrl train"
+    assert re.search(rf"{launcher} recipes/{re.escape(path.name)}", opening[0])
+    assert re.search(r"(Needs|Meant for)", opening[0])
+    load_recipe(path, num_ranks=int(ranks[1]) if ranks else 1, check_installed=False)
+
+
+def test_the_paper_s_settings_are_in_the_4b_recipe() -> None:
+    recipe = load_recipe(ROOT / "recipes/grpo-qwen3-4b-zero2-vllm.yaml", num_ranks=8, check_installed=False)
+    stage = recipe.stages[0]
+    assert isinstance(stage, GRPOStage)
+    numbers = batch_arithmetic(stage, 8)
+    assert (numbers.prompts_proposed, numbers.prompts_kept, numbers.completions_per_prompt) == (2048, 512, 16)
+    assert numbers.gradient_accumulation_steps * 8 * stage.micro_batch_size == 512 * 16
+
+
+# ---------------------------------------------------------------------------------------- what is refused
+
+REFUSED = {
+    # wrong keys
+    "stages.grpo.prompt_selector.candidats=3": "stages.1.prompt_selector.candidats: unknown key; did you mean 'candi",
+    "stages.1.prompt_selector.value.lrr=1": "stages.1.prompt_selector.value.lrr: unknown key; did you mean 'lr'?",
+    "stages.0.rows_pr_step=1": "stages.0.rows_pr_step: unknown key; did you mean 'rows_per_step'?",
+    "stages.1.rollout.temprature=1": "stages.1.rollout.temprature: unknown key; did you mean 'temperature'?",
+    "modle.path=x": "modle: unknown key; did you mean 'model'?",
+    "rewards.0=exact": "rewards.0.name: no reward 'exact'; did you mean 'exact_match'?",
+    "rewards.0={name: exact_match, options: {colum: x}}": "rewards.0.options.colum: unknown key; did you mean 'column'?",
+    "stages.1.prompt_selector=prompt_curiculum": "stages.1.prompt_selector.name: no selector 'prompt_curiculum'; did",
+    "stages.x.y=3": "stages has no item 'x'; write one of 0, 1, grpo, warmup",
+    "seed": "write key.path=value",
+    "seed.x=3": None,
+    "name.x=3": None,
+    # wrong types and values
+    "seed='1'": "seed: must be a whole number, not the text '1'; write 1 without quotes",
+    "seed=1.0": "seed: must be a whole number, not the number 1.0",
+    "seed=-1": "seed: must be greater than or equal to 0, not the number -1",
+    "name=3": "name: must be text, not the number 3",
+    "name=a/b": "name: 'a/b' must be letters, digits",
+    "model.scratch=3": "model.scratch: must be a mapping, not the number 3",
+    "data.path=[x]": "data.path: must be text, not a list",
+    "data.chat=yes": "data.chat: must be true or false, not the text 'yes'",
+    "stages=[]": "stages: is empty",
+    "stages.1.kind=gpro": "stages.1.kind: must be sft or grpo, not 'gpro'; did you mean 'grpo'?",
+    "stages.1={}": "stages.1.kind: is required",
+    "stages.1.rollout.engine=vlm": "stages.1.rollout.engine: must be transformers or vllm, not the text 'vlm'; did you",
+    "stages.1.rollout.temperature=.inf": "stages.1.rollout.temperature: must be a finite number",
+    "stages.1.completions_per_prompt=1": "stages.1.completions_per_prompt: must be greater than or equal to 2",
+    "stages.1.prompt_selector.candidates=0": "prompt_selector.candidates: must be greater than or equal to 1",
+    "stages.1.prompt_selector.candidates='4'": "candidates: must be a whole number, not the text '4'; write 4 without",
+    "stages.1.prompt_selector.rank_by=men": "rank_by: must be auto or mean or spread, not the text 'men'; did you",
+    # TRL's options
+    "stages.1.trainer.lerning_rate=1": "trainer.lerning_rate: unknown option of TRL's GRPOConfig; did you mean 'lear",
+    "stages.0.trainer.beta=0.1": "stages.0.trainer.beta: unknown option of TRL's SFTConfig",
+    "stages.1.trainer.top_k=1": "stages.1.trainer.top_k: is set by siftrl; write rollout.top_k instead",
+    "stages.0.trainer.save_steps=1": "trainer.save_steps: is set by siftrl; write checkpoint.every instead",
+    "stages.1.trainer.max_steps=1.5": "stages.1.trainer.max_steps: must be int, not the number 1.5",
+    "stages.1.trainer.max_steps='3'": "stages.1.trainer.max_steps: must be int, not the text '3'",
+    "stages.0.trainer.lr_scheduler_type=cosin": "lr_scheduler_type: must not be 'cosin'; did you mean 'cosine'?",
+    # combinations
+    "model.path=x": "model: give exactly one of `path`",
+    "model.scratch=null": "model: give exactly one of `path`",
+    "model.scratch.num_heads=5": "model.scratch.num_heads: 5 does not divide hidden_size 96",
+    "model={path: x, quantize: 4bit}": "model.quantize: quantised weights cannot be trained; add `lora: {}`",
+    "data.path=null": "data: give exactly one of `path`",
+    "data=null": "stages.0: has no data",
+    "data.eval={}": "data.eval: give `size`",
+    "rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
+    "stages.1.rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
+    "rewards.0={name: exact_match, weight: 0}": "stages.0.rewards: every reward has weight 0",
+    "stages.0.name=grpo": "stages.1.name: 'grpo' is the name of stages.0 too",
+    "stages.1.eval={samples: 3}": "stages.1.eval.samples: 3 greedy completions are all the same",
+    "stages.1.batch_selector=loss": "stages.1.batch_selector: choosing rows inside a batch comes with a later release",
+    "stages.1.micro_batch_size=48": "stages.1.micro_batch_size: 48 does not divide the 256 completions a rank",
+    "stages.0.micro_batch_size=48": "stages.0.micro_batch_size: 48 does not divide the 128 rows a rank",
+    "stages.1.optimizer_steps_per_rollout=3": "stages.1.optimizer_steps_per_rollout: 3 does not divide the 4 micro-b",
+    "stages.1.rollout.sleep=true": "stages.1.rollout.sleep: is an option of vllm",
+    "stages.1.rollout.mode=server": "stages.1.rollout.mode: is an option of vllm",
+    "stages.1.rollout={engine: vllm, mode: server, engine_args: {a: 1}}": "engine_args: has no effect with mode server",
+    "stages.1.rollout={engine: vllm, server_url: x}": "server_url: has no effect with mode colocate",
+    "stages.1.rollout={engine: vllm, engine_args: {seed: 1}}": "rollout.engine_args.seed: is set by siftrl; write the",
+    "stages.1.rollout={engine: vllm, tensor_parallel_size: 2}": "tensor_parallel_size: 2 does not divide the 1 proc",
+    "stages.1.rollout={engine: vllm, max_model_len: 200}": "max_model_len: 200 has no room for 1 prompt and 256 comp",
+    "distribution.deepspeed=zero4": "distribution.deepspeed: no settings and no file 'zero4'; did you mean 'zero",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items(), ids=REFUSED)
+def test_refused(override: str, message: str | None, base: Path) -> None:
+    text = refusal(base, override, check_installed=False)
+    assert (message or override.partition(".")[0]) in text
+
+
+def test_an_error_names_the_file_and_line_or_the_override(base: Path) -> None:
+    base.write_text(BASE.replace("rows_per_step: 128", "rows_per_step: x"))
+    assert refusal(base).startswith(f"{base}:11: stages.0.rows_per_step: must be a whole number")
+    assert refusal(base, "stages.0.rows_per_step=y").startswith(f"{base} with stages.0.rows_per_step=y: stages.0.rows")
+
+
+def test_repeated_keys_and_broken_yaml_are_refused(base: Path) -> None:
+    base.write_text(BASE + "model: {path: x}\n")
+    assert refusal(base) == f"{base}:20: model: is there twice (first on line 1); remove one"
+    base.write_text(BASE + "seed: [1\n")
+    assert refusal(base).startswith(f"{base}:21: not YAML")
+    base.write_text("")
+    assert "is empty" in refusal(base)
+    base.write_text("- 1")
+    assert "must be a mapping" in refusal(base)
+    base.write_text("1: 2")
+    assert "the key 1 is not text" in refusal(base)
+    assert "no such file" in refusal(base.with_name("none.yaml"))
+
+
+def test_quantised_weights_and_colocated_vllm_do_not_meet(base: Path) -> None:
+    overrides = ("model={path: x, quantize: 4bit, lora: {}}", "stages.1.rollout.engine=vllm")
+    assert "stages.1.rollout.engine: colocated vllm does not load" in refusal(base, *overrides, check_installed=False)
+    load_recipe(base, [*overrides, "stages.1.rollout.mode=server"], check_installed=False)
+
+
+MISSING = {
+    "stages.1.rollout.engine=vllm": ("vllm", "stages.1.rollout.engine: needs the package vllm"),
+    "distribution.deepspeed=zero2": ("deepspeed", "distribution.deepspeed: needs the package deepspeed"),
+    "rewards=[math_verify]": ("math_verify", "rewards.0.name: needs the package math_verify"),
+    "rewards=[reasoning_gym]": ("reasoning_gym", "rewards.0.name: needs the package reasoning_gym"),
+    "model={path: x, quantize: 4bit, lora: {}}": ("bitsandbytes", "model.quantize: needs the package bitsandbytes"),
+    "data={reasoning_gym: {tasks: [{name: gcd}]}, eval: {size: 9}}": ("reasoning_gym", "data.reasoning_gym: needs"),
+}
+
+
+@pytest.mark.parametrize(("override", "expected"), MISSING.items(), ids=[name for name, _ in MISSING.values()])
+def test_missing_packages_are_named(
+    override: str, expected: tuple[str, str], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, message = expected
+    found = recipe_checks.importlib.util.find_spec
+    monkeypatch.setattr(
+        recipe_checks.importlib.util, "find_spec", lambda name, *a: None if name == package else found(name, *a)
+    )
+    text = refusal(base, override)
+    assert message in text and "pip install" in text
+    load_recipe(base, [override], check_installed=False)
+
+
+def test_reasoning_gym_families_and_settings_are_checked(base: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+
+    def data(task: str) -> str:
+        return f"data={{reasoning_gym: {{tasks: [{task}], size: 500}}, eval: {{size: 9}}}}"
+
+    load_recipe(base, [data("{name: chain_sum, config: {min_terms: 2}}")])
+    assert "tasks.0.name: reasoning-gym has no family 'chain_sums'; did you mean 'chain_sum'?" in refusal(
+        base, data("{name: chain_sums}")
+    )
+    assert "tasks.0.config.min_term: chain_sum has no setting of that name; did you mean 'min_terms'?" in refusal(
+        base, data("{name: chain_sum, config: {min_term: 2}}")
+    )
+    too_many = refusal(base, data("{name: chain_sum}"), "stages.1.prompt_selector.candidates=40")
+    assert "stages.1.prompts_per_step: a step draws 640 prompts, the data has only 500" in too_many
+
+
+def test_gym_families_are_those_that_the_library_registers() -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    assert set(recipe_checks.gym_families()) == set(gym.factory.DATASETS) - {"composite"}
+    for name in ("chain_sum", "gcd", "graph_color"):
+        import dataclasses
+
+        config = gym.factory.DATASETS[name][1]
+        assert set(recipe_checks.gym_settings(name)) == {field.name for field in dataclasses.fields(config)}
+
+
+def test_models_built_in_python_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="exactly one of `path`"):
+        ModelConfig()
+    with pytest.raises(ValueError, match="unknown key; did you mean 'candidates'"):
+        GRPOStage.model_validate({"kind": "grpo", "prompt_selector": {"name": "prompt_curriculum", "candidats": 3}})
+
+
+# -------------------------------------------------------------------------------------------- the arithmetic
+
+
+def grpo(**keys: object) -> GRPOStage:
+    return GRPOStage.model_validate({"kind": "grpo", "completions_per_prompt": 8, "micro_batch_size": 4, **keys})
+
+
+def test_grpo_arithmetic() -> None:
+    # 12 prompts x 8 completions = 96 a step; on 2 ranks 48 each, 12 micro-batches of 4, 3 optimizer steps of 4.
+    stage = grpo(
+        prompts_per_step=12,
+        optimizer_steps_per_rollout=3,
+        prompt_selector={"name": "prompt_curriculum", "candidates": 5},
+        trainer={"max_steps": 20, "num_iterations": 2},
+    )
+    numbers = batch_arithmetic(stage, 2)
+    assert (numbers.prompts_proposed, numbers.prompts_kept, numbers.rows) == (60, 12, 96)
+    assert (numbers.rows_per_rank, numbers.micro_batches_per_rank, numbers.steps_per_generation) == (48, 12, 12)
+    assert numbers.gradient_accumulation_steps == 4
+    assert (numbers.optimizer_steps, numbers.rollouts) == (20, 4)  # 6 optimizer steps a rollout; the last is cut short
+
+
+def test_steps_follow_from_epochs_where_the_rows_are_known() -> None:
+    stage = grpo(prompts_per_step=12, trainer={"num_train_epochs": 2})
+    assert batch_arithmetic(stage, 1).optimizer_steps is None
+    assert batch_arithmetic(stage, 1, num_rows=100).optimizer_steps == 2 * (100 // 12)
+    sft = SFTStage.model_validate(
+        {"kind": "sft", "rows_per_step": 8, "micro_batch_size": 2, "trainer": {"num_train_epochs": 1.5}}
+    )
+    # 100 rows on 2 ranks: 25 batches of 2 x 2, 2 batches a step: 13 steps an epoch.
+    assert batch_arithmetic(sft, 2, num_rows=100).optimizer_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "key", "proposals"),
+    [
+        ({"prompts_per_step": 6, "micro_batch_size": 5}, 1, "micro_batch_size", "write 4 or 6"),
+        ({"prompts_per_step": 6, "micro_batch_size": 50}, 1, "micro_batch_size", "write 48"),
+        ({"prompts_per_step": 6}, 5, "prompts_per_step", "write 5 or 10"),
+        ({"prompts_per_step": 3}, 16, "prompts_per_step", "write 2 or 4"),
+        ({"prompts_per_step": 8, "optimizer_steps_per_rollout": 5}, 1, "optimizer_steps_per_rollout", "write 4 or 8"),
+    ],
+)
+def test_proposed_values_do_divide(keys: dict[str, int], ranks: int, key: str, proposals: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        batch_arithmetic(grpo(**keys), ranks)
+    assert caught.value.key == (key,)
+    assert caught.value.problem.endswith(proposals)
+    for proposal in re.findall(r"\d+", proposals):
+        stage = grpo(**{**keys, key: int(proposal), **({"micro_batch_size": 1} if ranks > 1 else {})})
+        batch_arithmetic(stage, ranks)
+
+
+def test_the_launcher_s_world_size_counts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "128 rows do not divide over 3 ranks; write 126 or 129" in refusal(base)
+
+
+# ------------------------------------------------------------------------------------------------- DeepSpeed
+
+
+def deepspeed(settings: object, cpu: bool = False) -> dict | None:
+    recipe = Recipe.model_construct(distribution=DistributionConfig.model_validate({"deepspeed": settings}))
+    return deepspeed_config(recipe, cpu=cpu)
+
+
+def test_deepspeed_settings_come_by_name_file_or_mapping(tmp_path: Path) -> None:
+    assert deepspeed(None) is None
+    for stage in (1, 2, 3):
+        config = deepspeed(f"zero{stage}")
+        assert config is not None and config["zero_optimization"]["stage"] == stage
+        assert {config[name] for name in ("train_batch_size", "gradient_accumulation_steps")} == {"auto"}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert deepspeed(str(file)) == {"zero_optimization": {"stage": 2}}
+    assert deepspeed({"zero_optimization": {"stage": 1}}) == {"zero_optimization": {"stage": 1}}
+    file.write_text("{")
+    with pytest.raises(RecipeError, match="not JSON"):
+        deepspeed(str(file))
+
+
+def test_deepspeed_on_cpus_uses_torch_s_adam() -> None:
+    inline = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    assert deepspeed(inline, cpu=True) == {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert inline == {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "the recipe is left as it was"
+    config = deepspeed("zero3", cpu=True)
+    assert config is not None and "optimizer" not in config, "the trainer's `optim` counts"
+
+
+# ------------------------------------------------------------------------------------------------ TRL's options
+
+
+def test_the_list_of_trl_options_is_the_installed_trl_s() -> None:
+    import runpy
+
+    generator = runpy.run_path(str(ROOT / "scripts/generate_trl_options.py"))
+    rendered = generator["render"]()
+    assert rendered == (ROOT / "src/siftrl/trl_options.json").read_text(), "run scripts/generate_trl_options.py"
+
+
+def test_every_default_of_trl_passes_its_own_check() -> None:
+    from siftrl.trl_options import OWNED, check_trainer_options, trl_options
+
+    for kind in ("sft", "grpo"):
+        options = trl_options(kind)
+        assert set(OWNED[kind]) <= set(options)
+        defaults = {name: o["default"] for name, o in options.items() if "default" in o and name not in OWNED[kind]}
+        check_trainer_options(kind, defaults)
+
+
+def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from siftrl.schema import recipe_schema
+
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    validator.check_schema(validator.schema)
+    for path in RECIPES:
+        recipe = load_recipe(path, check_installed=False)
+        assert not list(validator.iter_errors(json.loads(json.dumps(resolved(recipe))))), path
+    data = parse_yaml(BASE)
+    assert validator.is_valid(data)
+    for stage, key, value in (
+        (1, "prompt_selector", {"name": "prompt_curriculum", "candidats": 3}),
+        (1, "prompt_selector", "none_such"),
+        (1, "trainer", {"lerning_rate": 1}),
+        (1, "rewards", [{"name": "exact_match", "options": {"colum": 1}}]),
+        (0, "rows_per_step", "3"),
+    ):
+        wrong = yaml.safe_load(yaml.safe_dump(data))
+        wrong["stages"][stage][key] = value
+        assert not validator.is_valid(wrong), (key, value)
