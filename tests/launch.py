@@ -13,21 +13,30 @@ from typing import Any
 WORKERS = Path(__file__).parent / "workers"
 
 
-def run_ranks(worker: str, ranks: int, out: Path, *args: str, deepspeed: bool = False) -> list[dict[str, Any]]:
-    """Run tests/workers/<worker>.py on `ranks` processes: rank r's report is out/rank<r>.json."""
+BINARIES = Path(sys.executable).parent
+
+
+def launch_command(ranks: int, *, deepspeed: bool) -> list[str]:
+    """The launcher and its options, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    binaries = Path(sys.executable).parent
     if deepspeed:
-        launcher = [str(binaries / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
-    else:
-        launcher = [str(binaries / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
-    out.mkdir(parents=True, exist_ok=True)
-    command = [*launcher, str(WORKERS / f"{worker}.py"), "--out", str(out), *args]
+        return [str(BINARIES / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+    return [str(BINARIES / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
+
+
+def launch_environment() -> dict[str, str]:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{binaries}:{environment['PATH']}"  # DeepSpeed builds its ops with ninja
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    environment["PATH"] = f"{BINARIES}:{environment['PATH']}"  # DeepSpeed builds its ops with ninja
+    return environment
+
+
+def run_ranks(worker: str, ranks: int, out: Path, *args: str, deepspeed: bool = False) -> list[dict[str, Any]]:
+    """Run tests/workers/<worker>.py on `ranks` processes: rank r's report is out/rank<r>.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [*launch_command(ranks, deepspeed=deepspeed), str(WORKERS / f"{worker}.py"), "--out", str(out), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=launch_environment(), timeout=500)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 

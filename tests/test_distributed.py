@@ -68,7 +68,9 @@ def test_dynamic_sampling_refills_over_ranks(tiny_model: str, tmp_path: Path) ->
     assert two[0]["losses"] == pytest.approx(one[0]["losses"], abs=1e-6)
 
 
-def test_resume_under_zero2_takes_the_prompts_it_would_have_taken(tiny_model: str, tmp_path: Path, one_rank: Any) -> None:
+def test_resume_under_zero2_takes_the_prompts_it_would_have_taken(
+    tiny_model: str, tmp_path: Path, one_rank: Any
+) -> None:
     args = ["--model", tiny_model, "--micro", "4", "--deepspeed", "zero2", "--checkpoint-at", "2"]
     run_ranks("grpo", 2, tmp_path, *args, "--steps", "2", deepspeed=True)
     reports = run_ranks("grpo", 2, tmp_path, *args, "--resume", deepspeed=True)

@@ -18,7 +18,7 @@ from siftrl.recipe_text import parse_yaml
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 README = ROOT / "README.md"
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     "Top level": recipe.Recipe,
     "model": recipe.ModelConfig,
     "model.scratch": recipe.ScratchConfig,
@@ -223,16 +223,27 @@ def siftrl_arguments(words: list[str]) -> list[str] | None:
     return None
 
 
-OURS = [(where, rest) for where, words in commands() if (rest := siftrl_arguments(words)) is not None]
+def num_ranks(words: list[str]) -> int:
+    """How many processes a launcher's command line starts; the hostfile that is shown has 2 x 8."""
+    options = dict(zip(words, words[1:], strict=False))
+    if "--hostfile" in options:
+        return 16
+    ranks = int(options.get("--nnodes", 1))
+    for name in ("--num_gpus", "--num_accelerators", "--nproc-per-node", "--num_processes", "--ranks"):
+        ranks *= int(options.get(name, 1))
+    return ranks
+
+
+OURS = [(where, rest, num_ranks(words)) for where, words in commands() if (rest := siftrl_arguments(words)) is not None]
 
 
 def test_every_command_of_siftrl_is_shown() -> None:
-    assert {rest[0] for _, rest in OURS} == {"train", "validate", "show", "list", "eval", "schema"}
+    assert {rest[0] for _, rest, _ in OURS} == {"train", "validate", "show", "list", "eval", "schema"}
 
 
-@pytest.mark.parametrize(("where", "arguments"), OURS, ids=[f"{where}-{rest[0]}" for where, rest in OURS])
-def test_every_command_parses(where: str, arguments: list[str], tmp_path: Path) -> None:
-    """... and its overrides fit its recipe; `my-recipe.yaml` is the README's."""
+@pytest.mark.parametrize(("where", "arguments", "ranks"), OURS, ids=[f"{where}-{rest[0]}" for where, rest, _ in OURS])
+def test_every_command_parses(where: str, arguments: list[str], ranks: int, tmp_path: Path) -> None:
+    """... and its overrides and number of ranks fit its recipe; `my-recipe.yaml` is the README's."""
     if ">" in arguments:
         arguments = arguments[: arguments.index(">")]
     args = cli._parse(arguments)
@@ -241,7 +252,7 @@ def test_every_command_parses(where: str, arguments: list[str], tmp_path: Path) 
         if args.recipe == "my-recipe.yaml":
             path = tmp_path / "my-recipe.yaml"
             path.write_text(next(block.text for block in YAML if block.page == README and block.info == "recipe"))
-        recipe.load_recipe(path, args.overrides, check_installed=False)
+        recipe.load_recipe(path, args.overrides, num_ranks=ranks, check_installed=False)
     if args.command == "eval":
         for name in args.reward:
             plugins.find("reward", name)

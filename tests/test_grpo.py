@@ -51,9 +51,7 @@ def test_without_a_selector_losses_are_trls_bit_for_bit(
 
     trl, ours = run(TRLGRPOTrainer, "trl"), run(GRPOTrainer, "ours")
     assert losses(ours) == losses(trl) and any(losses(trl))
-    for (name, theirs), (_, mine) in zip(
-        trl.model.named_parameters(), ours.model.named_parameters(), strict=True
-    ):
+    for (name, theirs), (_, mine) in zip(trl.model.named_parameters(), ours.model.named_parameters(), strict=True):
         assert torch.equal(theirs, mine), name
     assert not (tmp_path / "ours" / "selection.jsonl").exists()
 
@@ -66,9 +64,7 @@ def test_resuming_inside_the_second_epoch_sees_the_prompts_of_an_uninterrupted_r
 
     def run(folder: str, **changes: Any) -> tuple[Any, Seen]:
         seen = Seen()
-        args = grpo_args(
-            tmp_path / folder, **{"max_steps": 18, "save_strategy": "steps", "save_steps": 15, **changes}
-        )
+        args = grpo_args(tmp_path / folder, **{"max_steps": 18, "save_strategy": "steps", "save_steps": 15, **changes})
         options = {"fallback": False} if name == "prompt_curriculum" else {}
         trainer = GRPOTrainer(
             model=tiny_model,
@@ -136,9 +132,7 @@ def test_epoch_order_is_trls_and_known_from_the_epoch_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["prompt_curriculum", "uniform", "posterior_sampling", "difficulty_pools"])
-def test_every_step_trains_on_what_the_audit_log_says(
-    tiny_model: str, sums: Any, tmp_path: Path, name: str
-) -> None:
+def test_every_step_trains_on_what_the_audit_log_says(tiny_model: str, sums: Any, tmp_path: Path, name: str) -> None:
     seen = Seen()
     trainer = GRPOTrainer(
         model=tiny_model,
@@ -192,9 +186,7 @@ def test_refused_groups_are_replaced_and_the_batch_is_whole(tiny_model: str, sum
 
     seen = Seen()
     args = grpo_args(tmp_path, max_steps=1, num_iterations=1)
-    trainer = Watching(
-        model=tiny_model, reward_funcs=seen, args=args, train_dataset=sums, prompt_selector=chooser
-    )
+    trainer = Watching(model=tiny_model, reward_funcs=seen, args=args, train_dataset=sums, prompt_selector=chooser)
     trainer.train()
     assert chooser.asked == [4, 4]
     (batch,) = batches
@@ -241,9 +233,7 @@ def test_a_batch_without_any_reward_stops_the_run(tiny_model: str, sums: Any, tm
         trainer.train()
 
 
-def test_an_infinite_loss_stops_the_run_before_the_weights_change(
-    tiny_model: str, sums: Any, tmp_path: Path
-) -> None:
+def test_an_infinite_loss_stops_the_run_before_the_weights_change(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     class Broken(GRPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
             return super()._compute_loss(model, inputs) * float("inf")

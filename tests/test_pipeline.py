@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from launch import launch_command, launch_environment
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,9 @@ RECIPE: dict[str, Any] = {
     "model": {"scratch": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "max_positions": 128}},
     "data": {
         "reasoning_gym": {
-            "tasks": [{"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}],
+            "tasks": [
+                {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+            ],
             "size": 60,
         },
         "prompt_template": "{metadata[expression]}=",
@@ -206,3 +209,34 @@ def test_the_launchers_reach_the_same_result(whole: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert chosen(tmp_path / "runs" / "small") == chosen(whole)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_ranks_run_the_recipe_of_one(tmp_path: Path, launcher: str) -> None:
+    """The same recipe, the same prompts; half of the rows on each rank.
+
+    The reward is one that a random model earns: without any reward the gradient is rounding noise, which Adam would
+    blow up into different weights.
+    """
+    (tmp_path / "my_rewards.py").write_text(
+        "def digits(completions, **columns):\n"
+        "    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]\n"
+    )
+    recipe = write_recipe(tmp_path, rewards=["my_rewards:digits"])
+    one = siftrl("train", recipe, "name=one", "stages.grpo.trainer.max_steps=6", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr[-3000:]
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    overrides = ["name=two", "stages.grpo.trainer.max_steps=6", "stages.warmup.micro_batch_size=8"]
+    overrides += ["distribution.deepspeed=zero2"] if launcher == "deepspeed" else []
+    command = [*launch_command(2, deepspeed=launcher == "deepspeed"), str(script), recipe, *overrides]
+    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=launch_environment())
+    assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
+    folders = [tmp_path / "runs" / name for name in ("one", "two")]
+    assert chosen(folders[0]) == chosen(folders[1])
+    single, double = (json.loads((folder / "summary.json").read_text())["stages"] for folder in folders)
+    assert double[0]["tokens"] == single[0]["tokens"]
+    assert double[1]["rollouts"] == single[1]["rollouts"] == 6 * 16
+    assert double[1]["tokens"] == single[1]["tokens"]
+    assert double[1]["eval"]["after"]["rows"] == 8
+    assert json.loads((folders[1] / "environment.json").read_text())["world_size"] == 2

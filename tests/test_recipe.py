@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ from siftrl.recipe import (
     resolved,
 )
 from siftrl.recipe_text import parse_yaml
+from siftrl.schema import recipe_schema
+from siftrl.trl_options import OWNED, check_trainer_options, trl_options
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -47,6 +51,7 @@ stages:
     completions_per_prompt: 16
     micro_batch_size: 64
     prompt_selector: {name: prompt_curriculum}
+    eval: {greedy: true}
     trainer: {max_steps: 20}
 """
 
@@ -156,7 +161,7 @@ REFUSED = {
     "stages.1.rollout.temprature=1": "stages.1.rollout.temprature: unknown key; did you mean 'temperature'?",
     "modle.path=x": "modle: unknown key; did you mean 'model'?",
     "rewards.0=exact": "rewards.0.name: no reward 'exact'; did you mean 'exact_match'?",
-    "rewards.0={name: exact_match, options: {colum: x}}": "rewards.0.options.colum: unknown key; did you mean 'column'?",
+    "rewards.0={name: exact_match, options: {colum: x}}": "rewards.0.options.colum: unknown key; did you mean 'colu",
     "stages.1.prompt_selector=prompt_curiculum": "stages.1.prompt_selector.name: no selector 'prompt_curiculum'; did",
     "stages.x.y=3": "stages has no item 'x'; write one of 0, 1, grpo, warmup",
     "seed": "write key.path=value",
@@ -196,6 +201,8 @@ REFUSED = {
     "data.path=null": "data: give exactly one of `path`",
     "data=null": "stages.0: has no data",
     "data.eval={}": "data.eval: give `size`",
+    "data={path: rows.jsonl}": "stages.1.eval: there are no held-out rows",
+    "stages.0.eval={}": "stages.0.eval: unknown key",
     "rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
     "stages.1.rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
     "rewards.0={name: exact_match, weight: 0}": "stages.0.rewards: every reward has weight 0",
@@ -230,9 +237,9 @@ def test_an_error_names_the_file_and_line_or_the_override(base: Path) -> None:
 
 def test_repeated_keys_and_broken_yaml_are_refused(base: Path) -> None:
     base.write_text(BASE + "model: {path: x}\n")
-    assert refusal(base) == f"{base}:20: model: is there twice (first on line 1); remove one"
+    assert refusal(base) == f"{base}:21: model: is there twice (first on line 1); remove one"
     base.write_text(BASE + "seed: [1\n")
-    assert refusal(base).startswith(f"{base}:21: not YAML")
+    assert refusal(base).startswith(f"{base}:22: not YAML")
     base.write_text("")
     assert "is empty" in refusal(base)
     base.write_text("- 1")
@@ -293,8 +300,6 @@ def test_gym_families_are_those_that_the_library_registers() -> None:
     gym = pytest.importorskip("reasoning_gym")
     assert set(recipe_checks.gym_families()) == set(gym.factory.DATASETS) - {"composite"}
     for name in ("chain_sum", "gcd", "graph_color"):
-        import dataclasses
-
         config = gym.factory.DATASETS[name][1]
         assert set(recipe_checks.gym_settings(name)) == {field.name for field in dataclasses.fields(config)}
 
@@ -402,16 +407,12 @@ def test_deepspeed_on_cpus_uses_torch_s_adam() -> None:
 
 
 def test_the_list_of_trl_options_is_the_installed_trl_s() -> None:
-    import runpy
-
     generator = runpy.run_path(str(ROOT / "scripts/generate_trl_options.py"))
     rendered = generator["render"]()
     assert rendered == (ROOT / "src/siftrl/trl_options.json").read_text(), "run scripts/generate_trl_options.py"
 
 
 def test_every_default_of_trl_passes_its_own_check() -> None:
-    from siftrl.trl_options import OWNED, check_trainer_options, trl_options
-
     for kind in ("sft", "grpo"):
         options = trl_options(kind)
         assert set(OWNED[kind]) <= set(options)
@@ -421,8 +422,6 @@ def test_every_default_of_trl_passes_its_own_check() -> None:
 
 def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    from siftrl.schema import recipe_schema
-
     validator = jsonschema.Draft202012Validator(recipe_schema())
     validator.check_schema(validator.schema)
     for path in RECIPES:

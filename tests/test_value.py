@@ -59,9 +59,7 @@ def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
     assert figures["loss"] == pytest.approx((2 * 0.25 + 3 * 0.125**2) / 3, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("body", "train"), [("own", "full"), ("own", "lora"), ("own", "head"), ("policy", "head")]
-)
+@pytest.mark.parametrize(("body", "train"), [("own", "full"), ("own", "lora"), ("own", "head"), ("policy", "head")])
 def test_learns_which_prompts_are_easy(policy: Any, tokenizer: Any, body: Any, train: Any) -> None:
     model = build(policy, tokenizer, body=body, train=train, lr=3e-3, head_lr=1e-2, updates=60)
     before = {name: p.clone() for name, p in policy.named_parameters()}

@@ -105,7 +105,7 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
     options = stage.prompt_selector.options if stage.prompt_selector else {}
     steps_per_rollout = updates * _option(stage, "num_iterations", 1)
     steps = _option(stage, "max_steps", -1)
-    if steps <= 0 and num_rows and stage.prompt_selector is None:
+    if steps <= 0 and num_rows:
         steps = math.ceil(_option(stage, "num_train_epochs", 3.0) * max(num_rows // prompts, 1) * steps_per_rollout)
     return BatchArithmetic(
         world_size=world,

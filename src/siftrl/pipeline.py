@@ -143,6 +143,10 @@ def _run_stage(
         trainer = _grpo_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     else:
         trainer = _sft_trainer(model, tokenizer, data, options, recorder)
+    if trainer.args.world_size != distributed.world_size():  # ranks that train apart would look like success
+        raise RuntimeError(
+            f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
+        )
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
@@ -204,6 +208,7 @@ def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: P
         "report_to": "none",
         "bf16": not on_cpu,
         "dataloader_pin_memory": not on_cpu,
+        "use_cpu": on_cpu,  # without it transformers takes a machine without a GPU for one process
     }
     if every is not None:
         options["save_steps"] = every

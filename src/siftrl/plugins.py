@@ -69,10 +69,11 @@ class Plugin:
     @property
     def fields(self) -> dict[str, FieldSource]:
         """Its options, in order."""
-        assert self.source is not None or self.node is None
-        if isinstance(self.node, ast.ClassDef) and self.source:
+        if self.node is None or self.source is None:
+            return {}
+        if isinstance(self.node, ast.ClassDef):
             return dataclass_fields(self.node, self.source) if is_dataclass(self.node) else {}
-        return function_options(self.node, self.source) if self.node and self.source else {}
+        return function_options(self.node, self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,13 @@ def find(kind: Kind, name: str) -> Plugin:
 
     Raises PluginError (key "name") when there is none, naming the near ones.
     """
+    try:
+        return _find(kind, name)
+    except Unreadable as error:
+        raise PluginError(str(error), "name") from None
+
+
+def _find(kind: Kind, name: str) -> Plugin:
     module_name, colon, symbol = name.partition(":")
     if colon:
         return _find_object(kind, name, module_name, symbol)
@@ -222,10 +230,7 @@ def load(kind: Kind, name: str, options: dict[str, Any] | None = None) -> Any:
     """Import a plugin and make it: an instance of its class, or its function with the options bound."""
     plugin = find(kind, name)
     values = _build_fields(_validated(kind, name, options or {}))
-    try:
-        made = functools.reduce(getattr, plugin.symbol.split("."), importlib.import_module(plugin.module))
-    except AttributeError:
-        raise PluginError(f"{name}: module {plugin.module} has no {plugin.symbol!r}", "name") from None
+    made: Any = getattr(importlib.import_module(plugin.module), plugin.symbol)
     if inspect.isclass(made):
         try:
             return made(**values)

@@ -34,7 +34,6 @@ _ENGINE_ARGS_OWNED = {
     "tokenizer": "model.path",
     "revision": "model.revision",
     "trust_remote_code": "model.trust_remote_code",
-    "dtype": "model.dtype",
     "quantization": "model.quantize",
     "seed": "the recipe's `seed`",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
@@ -93,8 +92,7 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
     if stage.kind == "grpo" and stage.eval and recipe.data_of(stage).eval is None:
         raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
     if not rewards and stage.kind == "grpo":
-        why = "a grpo stage"
-        raise RecipeError(f"{why} needs rewards; write `rewards: [{{name: exact_match}}]`", *key, "rewards")
+        raise RecipeError("a grpo stage needs rewards; write `rewards: [{name: exact_match}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
     with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
@@ -142,6 +140,9 @@ def _check_rollout(
     for name in rollout.engine_args:
         if name in _ENGINE_ARGS_OWNED:
             raise RecipeError(f"is set by siftrl; write {_ENGINE_ARGS_OWNED[name]} instead", *key, "engine_args", name)
+    if rollout.seeded and (rollout.mode == "server" or rollout.tensor_parallel_size > 1):
+        problem = "completions are seeded where each rank has an engine of its own"
+        raise RecipeError(f"{problem}; remove it, or write `mode: colocate` and no tensor parallelism", *key, "seeded")
     if world_size % rollout.tensor_parallel_size:
         problem = f"{rollout.tensor_parallel_size} does not divide the {world_size} processes"
         raise RecipeError(f"{problem}; colocated vllm splits the trainer's own", *key, "tensor_parallel_size")

@@ -291,8 +291,8 @@ class CheckpointConfig(Section):
 
     every: Count | None = 100
     """Optimizer steps between checkpoints; null: only when interrupted."""
-    keep: Count = 2
-    """How many of a stage's checkpoints to keep."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """How many of a stage's checkpoints to keep; at least 2, since the newest may be cut short by a crash."""
 
 
 class LoggingConfig(Section):

@@ -257,7 +257,8 @@ def describe_error(error: ValidationError, data: Any, model: type[BaseModel]) ->
         return key, f"{value!r} must be letters, digits, '.', '_' and '-', and not a number: it names a folder"
     if kind in _WANTED:
         unquoted = parse_yaml(value) if isinstance(value, str) and re.fullmatch(r"[-+.\w]+", value) else None
-        fits = {"int_type": int, "float_type": (int, float), "bool_type": bool}.get(kind)
+        types: dict[str, Any] = {"int_type": int, "float_type": (int, float), "bool_type": bool}
+        fits = types.get(kind)
         hint = f"; write {value} without quotes" if fits and isinstance(unquoted, fits) else ""
         return key, f"must be {_WANTED[kind]}, not {kind_of(value)}{hint}"
     return key, first["msg"].replace("Input should be", "must be") + f", not {kind_of(value)}"

@@ -229,7 +229,7 @@ def prepare_cpu_vllm() -> None:
 
 
 def cpu_engine_args() -> dict[str, Any]:
-    """vLLM arguments that CPUs need: kernels are compiled for GPUs only, and float32 matches the trainer."""
+    """vLLM arguments that CPUs need: graphs are captured on GPUs only, and float32 is what the trainer computes in."""
     return {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
 
 

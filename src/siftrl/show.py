@@ -7,15 +7,14 @@ from pathlib import Path
 
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic, world_size
-from siftrl.recipe import Recipe, SFTStage, Stage
+from siftrl.recipe import GRPOStage, Recipe, SFTStage
 from siftrl.recipe_checks import gym_families, gym_settings, known_rows
 
 _WIDTH = 110
 
 
-def arithmetic_text(recipe: Recipe, stage: Stage, num_ranks: int | None = None) -> str:
+def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int | None = None) -> str:
     """A stage's batch arithmetic, one number a line, with how it comes about."""
-    assert stage.kind in ("sft", "grpo")
     numbers = batch_arithmetic(stage, num_ranks or world_size(), known_rows(recipe.data_of(stage)))
     per_rank = f"{numbers.rows_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
     lines: list[tuple[str, object, str]] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import conftest  # noqa: F401  (sets the environment before torch is imported)
+import conftest
 import torch
 from datasets import Dataset
 

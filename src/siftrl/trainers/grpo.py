@@ -101,7 +101,9 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         self.add_callback(_EpochTeller(self))
 
     def _build_vllm(self, **kwargs: Any) -> ColocatedVLLM:
-        return ColocatedVLLM(engine_args=self.rollout.engine_args, **kwargs)
+        precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+        return ColocatedVLLM(engine_args={"dtype": dtype} | self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
         if dataclasses.is_dataclass(selector):

@@ -1,0 +1,251 @@
+"""The command line: fast, torch-free until it trains, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from siftrl import cli
+from siftrl.recipe import load_recipe
+from siftrl.recipe_text import parse_yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """\
+model: {path: a-model}
+data: {path: rows.jsonl}
+rewards: [exact_match]
+stages:
+  - {kind: grpo, prompts_per_step: 8, completions_per_prompt: 4, micro_batch_size: 8, trainer: {max_steps: 5}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["validate", "quickstart"],
+        ["show", "quickstart"],
+        ["schema"],
+        ["list", "selectors"],
+    ],
+    ids=" ".join,
+)
+def test_quick_commands_are_quick_and_torch_free(arguments: list[str]) -> None:
+    pytest.importorskip("reasoning_gym")
+    code = (
+        "import sys; from siftrl.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as leaving: status = leaving.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'vllm', 'reasoning_gym'} & set(sys.modules)\n"
+        "assert not status and not heavy, (status, heavy)"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 2
+
+
+def test_validate_says_yes_or_no_in_one_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", recipe]) == 0
+    assert capsys.readouterr().out == f"{recipe}: a valid recipe, stages: grpo\n"
+    assert cli.main(["validate", recipe, "stages.0.micro_batch_size=5"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    assert output.err.startswith(
+        f"siftrl: {recipe} with stages.0.micro_batch_size=5: stages.0.micro_batch_size: 5 does"
+    )
+    assert cli.main(["validate", recipe, "--ranks", "8", "stages.0.micro_batch_size=4"]) == 0
+    assert cli.main(["validate", recipe, "--ranks", "8"]) == 2
+
+
+def test_show_prints_a_recipe_that_loads_again(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = ["seed=4", "stages.0.prompt_selector={name: dynamic_sampling, max_rounds: 3}"]
+    assert cli.main(["show", recipe, *overrides, "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(text)
+    assert load_recipe(copy) == load_recipe(recipe, overrides)
+    for line in (
+        "#   prompts proposed              8  dynamic_sampling: 1 for each kept, at most 3 rounds",
+        "#   prompts kept                  8",
+        "#   completions a step           32  4 for each prompt",
+        "#   micro-batches a rank          2  16 a rank / micro_batch_size 8",
+        "#   optimizer steps               5",
+    ):
+        assert line in text.splitlines()
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(recipe: str) -> None:
+    args = cli._parse(["train", recipe, "seed=1", "--resume", "name=x"])
+    assert args.resume and args.overrides == ["seed=1", "name=x"]
+
+
+@pytest.mark.parametrize("wrong", [["train"], ["train", "r.yaml", "--resme"], ["list", "selector"], ["fly"], []])
+def test_wrong_arguments_end_with_code_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(wrong)
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_list_shows_names_keys_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "selectors"]) == 0
+    text = capsys.readouterr().out
+    assert "prompt_curriculum (prompt selector)" in text
+    assert "    candidates: Count = 4" in text
+    assert "      body: Literal['own', 'policy'] = 'own'" in text
+    assert cli.main(["list", "rewards"]) == 0
+    assert "exact_match\n" in capsys.readouterr().out
+    assert cli.main(["list", "recipes"]) == 0
+    text = capsys.readouterr().out
+    assert "quickstart\n  siftrl train recipes/quickstart.yaml" in text
+
+
+def test_list_tasks_shows_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    assert cli.main(["list", "tasks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line for line in lines if not line.startswith(" ")} == set(gym.factory.DATASETS) - {"composite"}
+    assert lines[lines.index("chain_sum") + 1].startswith("    min_terms=2, max_terms=6")
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "prompts_per_step" in schema["$defs"]["GRPOStage"]["properties"]
+
+
+def test_a_recipe_that_comes_with_siftrl_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_recipe("quickstart").read_text() == (ROOT / "recipes/quickstart.yaml").read_text()
+    Path("quickstart").write_text("mine")
+    assert cli.find_recipe("quickstart") == Path("quickstart")
+
+
+# -------------------------------------------------------------------------------------------------- eval
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Namespace:
+    """The arguments that `siftrl eval` hands on."""
+    from siftrl import evaluate
+
+    seen: list[Namespace] = []
+    monkeypatch.setattr(evaluate, "evaluate_command", lambda args: seen.append(args) or 0)
+    assert cli.main(["eval", "a-model", *arguments]) == 0
+    return seen[0]
+
+
+def test_eval_parses_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = evaluated(monkeypatch, "--data", "rows.jsonl", "--reward", "exact_match")
+    assert (args.model, args.data, args.reward, args.k, args.samples) == (
+        "a-model",
+        "rows.jsonl",
+        ["exact_match"],
+        [],
+        1,
+    )
+    assert args.temperature == 0, "one sample is greedy"
+    args = evaluated(monkeypatch, "--data", "d", "--reward", "exact_match", "--samples", "8", "--k", "4, 1,8")
+    assert (args.k, args.temperature) == ([1, 4, 8], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "exact"], "--reward: no reward 'exact'; did you mean 'exact_match'?"),
+        (["--reward", "exact_match", "--k", "4"], "--k: pass@4 needs --samples 4 or more, not 1"),
+        (
+            ["--reward", "exact_match", "--samples", "2", "--temperature", "0"],
+            "--samples: 2 greedy completions are all",
+        ),
+        (["--reward", "exact_match", "--data", "reasoning_gym:chain_sums"], "--data.name: reasoning-gym has no family"),
+    ],
+)
+def test_eval_refuses_before_it_loads(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from siftrl import evaluate
+
+    monkeypatch.setattr(evaluate, "evaluate_command", lambda args: pytest.fail("was called"))
+    assert cli.main(["eval", "a-model", "--data", "rows.jsonl", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+def test_interruption_prints_how_to_go_on(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from siftrl import pipeline
+    from siftrl.run import Interrupted
+
+    def interrupted(recipe: object, resume: bool) -> None:
+        raise Interrupted("stopped; go on with --resume")
+
+    monkeypatch.setattr(pipeline, "run_recipe", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", recipe]) == 130
+    assert capsys.readouterr().err == "stopped; go on with --resume\n"
+
+
+def test_siftrl_s_own_errors_are_one_line_and_a_library_s_keep_their_traceback(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from siftrl import pipeline
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", recipe, "--resume"]) == 2  # nothing to resume
+    assert capsys.readouterr().err.startswith("siftrl: there is no run to resume in")
+
+    def library_error(recipe: object, resume: bool) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(pipeline, "run_recipe", library_error)
+    with pytest.raises(ValueError, match="Expecting"):
+        cli.main(["train", recipe])
+
+
+def test_the_launcher_s_local_rank_goes_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = runpy.run_path(str(ROOT / "scripts/train.py"))["training_arguments"]
+    monkeypatch.setenv("LOCAL_RANK", "")  # so that it is put back afterwards
+    monkeypatch.delenv("LOCAL_RANK")
+    assert arguments(["--local_rank=3", "r.yaml", "seed=1", "--resume"]) == ["r.yaml", "seed=1", "--resume"]
+    assert os.environ["LOCAL_RANK"] == "3"
+    assert arguments(["--local-rank", "4", "r.yaml"]) == ["r.yaml"]
+    assert os.environ["LOCAL_RANK"] == "3", "what is there already stays"
+
+
+def test_the_module_and_the_script_run_without_torch_until_they_train(recipe: str) -> None:
+    module = subprocess.run([sys.executable, "-m", "siftrl", "validate", recipe], capture_output=True, text=True)
+    assert (module.returncode, module.stdout) == (0, f"{recipe}: a valid recipe, stages: grpo\n")
+    script = subprocess.run(
+        [sys.executable, ROOT / "scripts/train.py", "--local_rank=0", recipe, "sed=1"], capture_output=True, text=True
+    )
+    assert script.returncode == 2
+    assert script.stderr.endswith("sed: unknown key; did you mean 'seed'?\n") and "Traceback" not in script.stderr
+
+
+def test_plugins_of_the_working_folder_are_found(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(completions, **columns): return [0.0 for _ in completions]")
+    data = parse_yaml(RECIPE) | {"rewards": ["mine:score"]}
+    Path(recipe).write_text(yaml.safe_dump(data))
+    command = [str(Path(sys.executable).with_name("siftrl")), "validate", recipe]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
