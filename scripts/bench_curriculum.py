@@ -2,7 +2,7 @@
 
     python scripts/bench_curriculum.py learn --out bench/learn --jobs 2
     python scripts/bench_curriculum.py report --out bench/learn
-    python scripts/bench_curriculum.py select --out bench/select --run bench/learn/runs/prompt_curriculum-0 --engine vllm
+    python scripts/bench_curriculum.py select --out bench/select --run bench/learn/runs/prompt_curriculum-0
 
 learn: every selector with every seed from one warmed-up start, each in a process of its own. Finished runs are kept:
 the same command goes on where it was stopped. report: the table and the plot again, from the raw figures.
@@ -39,11 +39,15 @@ SMOKE = [
     "model.scratch.num_heads=2",
     "model.scratch.num_kv_heads=2",
     "data.reasoning_gym.size=400",
+    "data.reasoning_gym.tasks=[{name: chain_sum, config: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}]",
+    'data.prompt_template="{metadata[expression]}="',
     "data.eval.size=32",
-    "stages.0.trainer.max_steps=10",
+    "stages.0.trainer.max_steps=60",
+    "stages.0.trainer.warmup_steps=5",
+    "stages.0.trainer.learning_rate=3e-3",
     "stages.1.prompts_per_step=4",
     "stages.1.completions_per_prompt=8",
-    "stages.1.micro_batch_size=32",
+    "stages.1.micro_batch_size=16",
     "stages.1.trainer.max_steps=6",
 ]
 """The quickstart, small enough to see in seconds that a benchmark works; its figures mean nothing."""
@@ -176,7 +180,7 @@ def learn_command(args: argparse.Namespace) -> int:
     starts = dict.fromkeys(args.seeds, args.start.resolve() if args.start else None)
     if args.start is None:
         jobs = {seed: _start_job(recipe, out, seed) for seed in start_seeds}
-        _run_jobs(list(jobs.values()), args.jobs, "warming up")
+        _run_jobs(list(jobs.values()), min(args.jobs, len(jobs)), "warming up")
         starts = {seed: (jobs[seed] if seed in jobs else jobs[start_seeds[0]]).folder / "model" for seed in args.seeds}
     jobs_ = []
     for seed in args.seeds:  # selectors inside seeds: what changes on the machine meanwhile meets all of them alike
@@ -184,7 +188,9 @@ def learn_command(args: argparse.Namespace) -> int:
             label, selector = _selector(text, recipe.stages[-1])
             start = starts[seed]
             assert start is not None
-            jobs_.append(_learn_job(recipe, out, label, selector, seed, start, eval_every, eval_size, args.checkpoint_every))
+            jobs_.append(
+                _learn_job(recipe, out, label, selector, seed, start, eval_every, eval_size, args.checkpoint_every)
+            )
     stage = recipe.stages[-1]
     settings = {
         "recipe": Path(args.recipe).name,

@@ -120,7 +120,7 @@ def render(raw: dict[str, Any]) -> str:
             f"{f['effective_trained']:.2f}",
             f"{f['rollouts']:,.0f}",
             f"{f['tokens']:,.0f}",
-            f"{f['seconds']:.0f}",
+            f"{f['seconds']:.1f}",
         ]
         for name, f in figures.items()
     ]

@@ -158,9 +158,7 @@ def _load(args: argparse.Namespace, smoke: list[str]) -> Parts:
     data = load_data(recipe.data_of(stage), "grpo", tokenizer)
     held_out = data.eval if data.eval is not None else data.train
     rewards = load_rewards(recipe.rewards_of(stage))
-    return Parts(
-        recipe, stage, policy, tokenizer, value_model, data.train, held_out, rewards, selector.target, behind
-    )
+    return Parts(recipe, stage, policy, tokenizer, value_model, data.train, held_out, rewards, selector.target, behind)
 
 
 def _start_of(recipe: Recipe, run: Path) -> Path:
@@ -277,7 +275,9 @@ def _timing(
     """Seconds of both ways, measured in pairs; each pair has candidates of its own."""
     num = keep * args.candidates
     if num > len(parts.train):
-        raise RecipeError(f"--keep {keep} with --candidates {args.candidates} needs {num} rows: there are {len(parts.train)}")
+        raise RecipeError(
+            f"--keep {keep} with --candidates {args.candidates} needs {num} rows: there are {len(parts.train)}"
+        )
     generator = torch.Generator().manual_seed(2)
     seconds: dict[str, list[float]] = {"value": [], "rollouts": [], "generation": [], "value_update": []}
     tokens = []
