@@ -84,6 +84,8 @@ def _check_names(recipe: Recipe) -> None:
 def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_size: int, need: Any) -> None:
     if stage.data:
         _check_data(stage.data, (*key, "data"), need)
+    if stage.kind == "sft" and stage.rewards is not None:
+        raise RecipeError("has no effect in an sft stage; remove it", *key, "rewards")
     if stage.rewards is not None:
         _check_rewards(stage.rewards, (*key, "rewards"), need)
     if stage.data is None and recipe.data is None:

@@ -301,7 +301,7 @@ class LoggingConfig(Section):
     every: Count = 10
     """Optimizer steps between log lines."""
     samples: Annotated[int, Field(ge=0)] = 4
-    """Completions written to samples.jsonl at each log line."""
+    """Completions of each rollout step that are written to samples.jsonl."""
     selection: bool = True
     """Write selection.jsonl: every candidate of every step, and why it was chosen."""
 

@@ -23,7 +23,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from siftrl import distributed, plugins, state, value
+from siftrl import calibration, distributed, plugins, state, value
 from siftrl.evaluate import evaluate, summarise
 from siftrl.rollout import (
     ColocatedVLLM,
@@ -39,9 +39,6 @@ from siftrl.run import Recorder
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
 from siftrl.types import Candidates, PromptSelector, Selection
-
-SPREAD_TOLERANCE = 1e-6
-"""Groups whose rewards differ by less than this have zero advantage."""
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -381,9 +378,8 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
             )
         if self.model.training:
             self._group_rewards = total.view(-1, self.num_generations).cpu()
-            low, high = (self._group_rewards.nan_to_num(nan=fill) for fill in (float("inf"), float("-inf")))
-            spread = high.amax(1) - low.amin(1)
-            self._log_metric_value("effective_ratio", (spread > SPREAD_TOLERANCE).float().mean().item())
+            effective = calibration.group_statistics(self._group_rewards).effective()
+            self._log_metric_value("effective_ratio", effective.float().mean().item())
             if self.recorder is not None and distributed.is_main():
                 rewards = total.tolist()  # rank 0's rows come first
                 samples = [
