@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,8 +169,6 @@ def test_a_stopped_run_resumes_to_the_same_end(whole: Path, tmp_path: Path, how:
 
 
 def test_resume_passes_over_a_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "runs" / "small"
     shutil.copytree(whole, folder)
     write_recipe(tmp_path)
@@ -181,6 +180,23 @@ def test_resume_passes_over_a_damaged_checkpoint(whole: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-15" in done.stdout and "optimizer.pt has 100 bytes" in done.stderr
     assert chosen(folder) == chosen(whole)
+
+
+def test_a_stage_that_was_trained_but_not_recorded_is_not_trained_again(whole: Path, tmp_path: Path) -> None:
+    """A crash after the last step, before the summary was written: its last checkpoint is at the last step."""
+    folder = tmp_path / "runs" / "small"
+    shutil.copytree(whole, folder)
+    write_recipe(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({"stages": summary["stages"][:1]}))
+    shutil.rmtree(folder / "stages" / "grpo")
+    done = siftrl("train", "small.yaml", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert chosen(folder) == chosen(whole)
+    assert (folder / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    again = json.loads((folder / "summary.json").read_text())["stages"][1]
+    assert (again["steps"], again["rollouts"]) == (20, 320)
+    assert again["eval"] == summary["stages"][1]["eval"]
 
 
 def test_lora_is_merged_for_the_next_stage_and_kept_beside(tmp_path: Path) -> None:

@@ -64,3 +64,10 @@ def test_generation_happens_where_prompts_are_chosen() -> None:
 def test_weights_are_synced_once_a_step_by_the_tag_we_set() -> None:
     source = inspect.getsource(GRPOTrainer._generate_single_turn)
     assert "self.state.global_step != self._last_loaded_step" in source
+
+
+def test_epochs_are_run_by_a_method_and_left_by_the_control() -> None:
+    from transformers import Trainer
+
+    assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
+    assert "self.control.should_training_stop" in inspect.getsource(Trainer._inner_training_loop)

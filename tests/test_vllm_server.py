@@ -42,9 +42,7 @@ def server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture()
-def trainer(
-    tiny_model: str, sums: Any, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> GRPOTrainer:
+def trainer(tiny_model: str, sums: Any, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GRPOTrainer:
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device: None)
     monkeypatch.setattr(VLLMClient, "update_named_params", lambda self, metadata, params: None)
     args = grpo_args(

@@ -76,6 +76,16 @@ class EvalReport:
         """Share of the completions that no reward scored."""
         return self.rewards.isnan().double().mean().item()
 
+    def first(self, num_prompts: int) -> EvalReport:
+        """The report of the first `num_prompts` prompts alone."""
+        return EvalReport(
+            self.rewards[:num_prompts],
+            self.lengths[:num_prompts],
+            self.cut[:num_prompts],
+            self.texts[:num_prompts],
+            self.threshold,
+        )
+
     def pass_at_k(self, ks: Sequence[int] | None = None) -> dict[str, float]:
         """pass@k for each k (default: the powers of 2 up to s), as plain JSON."""
         ks = [2**i for i in range(self.rewards.size(1).bit_length())] if ks is None else ks

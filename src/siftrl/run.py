@@ -97,16 +97,15 @@ class Recorder:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # a line cut short by a crash
-                if record["stage"] != self.stage or record["step"] <= step:
-                    kept.append(line)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+                for line in old:  # these files grow to gigabytes
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # a line cut short by a crash
+                    if record["stage"] != self.stage or record["step"] <= step:
+                        new.write(line)
             os.replace(temporary, path)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:

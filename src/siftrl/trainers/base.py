@@ -20,6 +20,7 @@ class SiftMixin:
     args: Any
     accelerator: Any
     state: Any
+    control: Any
     recorder: Recorder | None
     clock: Clock
 
@@ -28,6 +29,13 @@ class SiftMixin:
         self.clock = Clock()
         self._started = time.perf_counter()
         self.add_callback(_OptimizerTimer(self.clock))  # type: ignore[attr-defined]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # resumed from a checkpoint at the last step, transformers would train one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         with self.clock("policy_update"):

@@ -341,9 +341,13 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         Returns {"reward": mean, "std_error", "pass_at_k", "mean_length", "truncated", "rows"}: the same on every rank.
         """
         one_engine_a_rank = not self.use_vllm or (self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1)
-        mine = rows
+        mine, share = rows, len(rows)
         if one_engine_a_rank:
-            mine = rows.select(range(distributed.rank(), len(rows), distributed.world_size()))
+            world = distributed.world_size()
+            own = list(range(distributed.rank(), len(rows), world))
+            share = len(own)
+            # every rank generates as many batches: with sharded weights a forward pass takes all ranks
+            mine = rows.select(own + [0] * (-(-len(rows) // world) - share))
         with self.rollout_engine() as engine:
             report = evaluate(
                 engine,
@@ -360,6 +364,7 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
                 tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
                 progress=distributed.is_main() and not self.args.disable_tqdm,
             )
+        report = report.first(share)
         return summarise(distributed.gather_objects(report) if one_engine_a_rank else [report])
 
     # -- rewards and losses -------------------------------------------------------------------------------------
