@@ -202,7 +202,11 @@ def test_a_stage_that_was_trained_but_not_recorded_is_not_trained_again(whole: P
 def test_lora_is_merged_for_the_next_stage_and_kept_beside(tmp_path: Path) -> None:
     stages = [dict(stage) for stage in RECIPE["stages"]]
     stages[0]["trainer"] = stages[0]["trainer"] | {"max_steps": 2}
-    stages[1] = stages[1] | {"eval": None, "trainer": stages[1]["trainer"] | {"max_steps": 2}}
+    # TRL's own options pass through: here its TensorBoard logs
+    stages[1] = stages[1] | {
+        "eval": None,
+        "trainer": stages[1]["trainer"] | {"max_steps": 2, "report_to": "tensorboard"},
+    }
     model = RECIPE["model"] | {"lora": {"r": 4, "alpha": 8.0}}
     done = siftrl("train", write_recipe(tmp_path, model=model, stages=stages), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -214,6 +218,7 @@ def test_lora_is_merged_for_the_next_stage_and_kept_beside(tmp_path: Path) -> No
     moved = {name for name in scratch if not (merged[name] == scratch[name]).all()}
     assert moved and all("proj" in name for name in moved)
     assert (run / "model" / "adapter" / "adapter_config.json").exists()
+    assert list(run.rglob("events.out.tfevents.*"))
 
 
 def test_the_launchers_reach_the_same_result(whole: Path, tmp_path: Path) -> None:
