@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftrl.rollout import Sampling, TransformersEngine, _SeededSampler, row_seeds, uniform_from
+from siftrl.rollout import ColocatedVLLM, Sampling, TransformersEngine, _SeededSampler, row_seeds, uniform_from
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,38 @@ def test_completions_end_at_eos(engine: TransformersEngine) -> None:
     ended = [ids for ids in completions if eos in ids]
     assert ended and all(ids.index(eos) == len(ids) - 1 for ids in ended)
     assert all(len(ids) <= 40 for ids in completions)
+
+
+def test_a_sleeping_engine_gets_its_weights_once_for_all_calls_that_belong_together() -> None:
+    """Sleep mode needs a GPU; this is the order of its calls. The trainer's sync, its probe, then the rollouts."""
+    calls: list[str] = []
+
+    class Engine:
+        def wake_up(self, tags: list[str]) -> None:
+            calls.append(f"wake {tags[0]}")
+
+        def sleep(self, level: int) -> None:
+            calls.append("sleep")
+
+    class Sleeper(ColocatedVLLM):
+        def __init__(self) -> None:
+            self.llm, self.enable_sleep_mode = Engine(), True
+            self._llm_weights_sleeping, self._cache_awake = True, False
+
+        def sync_weights(self) -> None:
+            calls.append("sync")
+            self._llm_weights_sleeping = False
+
+    sleeper = Sleeper()
+    sleeper.sync_weights()
+    with sleeper.awake(sleep_after=False):
+        calls.append("probe")
+    with sleeper.awake():
+        calls.append("rollouts")
+    with sleeper.awake():
+        calls.append("evaluation")
+    assert calls[:5] == ["sync", "wake kv_cache", "probe", "rollouts", "sleep"]
+    assert calls[5:] == ["sync", "wake kv_cache", "evaluation", "sleep"]
 
 
 @pytest.mark.engines

@@ -75,6 +75,24 @@ def test_learns_which_prompts_are_easy(policy: Any, tokenizer: Any, body: Any, t
     assert changed == ({"head"} if train == "head" else {"head", "body"})
 
 
+def test_ranks_start_from_the_same_adapters_and_bfloat16_still_learns(policy: Any, tokenizer: Any) -> None:
+    def first_adapter(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)  # each rank has a random state of its own
+        model = value.build(ValueConfig(train="lora", dtype="bfloat16"), policy, tokenizer, "cpu")
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first_adapter(1), first_adapter(2))
+    model = build(policy, tokenizer, dtype="bfloat16", lr=1e-5)
+    body = model.body
+    assert body is not None and all(p.dtype == torch.float32 for p in body.parameters())
+    before = [p.clone() for p in body.parameters()]
+    torch.nn.init.normal_(model.head.weight)
+    model.update(tokenizer(PROMPTS)["input_ids"], torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    moved = sum(int((p != q).sum()) for p, q in zip(before, body.parameters(), strict=True))
+    used = sum(p.numel() for name, p in body.named_parameters() if "embed" not in name)
+    assert moved > 0.9 * used  # in bfloat16 a step of 1e-5 would be rounded away from most weights
+
+
 def test_range_widens_with_the_rewards_and_can_be_fixed(policy: Any, tokenizer: Any) -> None:
     ids = tokenizer(PROMPTS[:2])["input_ids"]
     model = build(policy, tokenizer)

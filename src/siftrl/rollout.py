@@ -238,6 +238,7 @@ class ColocatedVLLM(VLLMGeneration):
 
     def __init__(self, *args: Any, engine_args: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.engine_args = cpu_engine_args() | (engine_args or {})
+        self._cache_awake = False  # in sleep mode
         prepare_cpu_vllm()
         super().__init__(*args, **kwargs)
 
@@ -266,17 +267,26 @@ class ColocatedVLLM(VLLMGeneration):
     def in_float32(self) -> bool:
         return self.mode == "colocate" and self.llm.llm_engine.vllm_config.model_config.dtype == torch.float32
 
-    def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
-        """Like `generate`, for text prompts on one engine a rank, with one seed for each completion."""
+    @contextmanager
+    def awake(self, *, sleep_after: bool = True) -> Iterator[None]:
+        """The engine with its weights and cache in memory; afterwards, in sleep mode, it gives both up.
+
+        Asleep it has no weights at all, so each sleep costs a sync: stay awake over all calls that belong together.
+        """
         if self.enable_sleep_mode:
             if self._llm_weights_sleeping:  # type: ignore[has-type]
                 self.sync_weights()
-            self.llm.wake_up(tags=["kv_cache"])
-        completions = vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)
-        if self.enable_sleep_mode:
+            if not self._cache_awake:
+                self.llm.wake_up(tags=["kv_cache"])
+                self._cache_awake = True
+        yield
+        if self.enable_sleep_mode and sleep_after:
             self.llm.sleep(level=2)
-            self._llm_weights_sleeping = True
-        return completions
+            self._llm_weights_sleeping, self._cache_awake = True, False
+
+    def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
+        """Like `generate`, for text prompts on one engine a rank that is awake, with a seed for each completion."""
+        return vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)
 
 
 class TrainerVLLM:

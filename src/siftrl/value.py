@@ -40,7 +40,7 @@ class ValueConfig:
     updates: Count = 1  # regression steps on each step's group means
     lora_rank: Count = 16
     micro_batch_size: Count = 64  # prompts in one forward pass
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of an own body
+    dtype: Literal["float32", "bfloat16"] = "float32"  # an own body computes in it; trained weights stay float32
     reward_range: tuple[float, float] | None = None  # default: [0, 1], widened to the group means seen
 
 
@@ -92,7 +92,8 @@ class ValueModel(nn.Module):
             with torch.no_grad():
                 hidden = policy_hidden(ids, mask)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train != "head"):
+            in_bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train != "head"), in_bfloat16:
                 hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1]
         return self.head(last.to(self.head.weight.dtype))
@@ -204,7 +205,8 @@ def build(
                 "and `model` need `body: own`"
             )
         return ValueModel(config, tokenizer, hidden_size, None, device)
-    dtype = getattr(torch, config.dtype)
+    # bfloat16 would round away an update of less than 1/256 of a weight
+    dtype = torch.float32 if config.train == "full" else getattr(torch, config.dtype)
     path = config.model or policy.config._name_or_path
     if path:
         with _outside_deepspeed():
@@ -234,7 +236,9 @@ def _with_lora(body: PreTrainedModel, lora_rank: int) -> PreTrainedModel:
     settings = LoraConfig(
         r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type=TaskType.FEATURE_EXTRACTION
     )
-    return get_peft_model(body, settings)  # type: ignore[return-value]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the ranks' own random states differ, and their copies must not
+        return get_peft_model(body, settings)  # type: ignore[return-value]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         """The engine with the policy's current weights; every rank enters and leaves together."""
         if self.use_vllm:
             self._sync_engine()
-            yield TrainerVLLM(self.vllm_generation)
+            with self.vllm_generation.awake() if self.vllm_mode == "colocate" else nullcontext():
+                yield TrainerVLLM(self.vllm_generation)
             return
         with (
             unwrap_model_for_generation(
@@ -307,7 +308,10 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
             if limit == "auto":
                 both_float32 = self.vllm_generation.in_float32 and not (self.args.bf16 or self.args.fp16)
                 limit = 0.005 if both_float32 else 0.1
-            drift = self.probe_engine()
+            # TRL's own generate, which rollouts without seeds go through, wakes an engine that sleeps
+            colocated = self.vllm_mode == "colocate"
+            with self.vllm_generation.awake(sleep_after=not self.seeded) if colocated else nullcontext():
+                drift = self.probe_engine()
             self._log_metric_value("engine/logprob_drift", drift)
             if not drift <= limit:  # NaN too
                 raise RuntimeError(
