@@ -6,12 +6,29 @@ All functions are collectives: every rank calls them, in the same order.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def open_group(*, deepspeed: bool) -> None:
+    """Join the launcher's processes. On CPUs this must happen before the trainer's arguments are read: they would
+    take a machine without a GPU for one process."""
+    if deepspeed and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed as engine
+
+        if "RANK" not in os.environ:  # one process, without a launcher
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+        engine.init_distributed(dist_backend="gloo")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def world_size() -> int:

@@ -56,7 +56,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
     folder = recipe.run_folder
     transformers_logging.disable_progress_bar()  # one bar a stage is enough; downloads keep theirs
     datasets.disable_progress_bars()
-    _open_process_group(recipe)
+    distributed.open_group(deepspeed=recipe.distribution.deepspeed is not None)
     if distributed.is_main():
         _open_folder(recipe, resume)
     distributed.barrier()
@@ -83,21 +83,6 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         shutil.rmtree(final, ignore_errors=True)
         shutil.copytree(folder / "stages" / recipe.stages[-1].name, final)
         print_summary(summary, folder)
-
-
-def _open_process_group(recipe: Recipe) -> None:
-    """DeepSpeed on CPUs needs its process group before the trainer's arguments are read."""
-    if recipe.distribution.deepspeed is not None and not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        if "RANK" not in os.environ:  # one process, without a launcher
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-        deepspeed.init_distributed(dist_backend="gloo")
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available())
 
 
 def _open_folder(recipe: Recipe, resume: bool) -> None:
