@@ -117,7 +117,11 @@ def test_vllm_draws_what_transformers_would(tiny_model: str, engine: Transformer
     """A real vLLM on the same weights: greedy tokens agree, and its log-probabilities are the model's."""
     from siftrl.rollout import VLLMEngine
 
-    vllm: Any = VLLMEngine.from_path(tiny_model, max_model_len=64)
+    # a step takes 64 tokens: the long prompts below come in turns, and none may be split
+    vllm: Any = VLLMEngine.from_path(tiny_model, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=64)
+    long = tokens(engine, *["1+1=" * 9] * 20)
+    turns = [vllm.generate(long, Sampling(6), row_seeds(1, rows=range(20))).ids for _ in range(2)]
+    assert turns[0] == turns[1] and len(set(map(tuple, turns[0]))) > 10
     prompts = tokens(engine, "1+1=", "12+3=", "7+0=")
     greedy = Sampling(6, temperature=0.0)
     assert vllm.generate(prompts, greedy).ids == engine.generate(prompts, greedy).ids

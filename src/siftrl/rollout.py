@@ -229,8 +229,12 @@ def prepare_cpu_vllm() -> None:
 
 
 def cpu_engine_args() -> dict[str, Any]:
-    """vLLM arguments that CPUs need: graphs are captured on GPUs only, and float32 is what the trainer computes in."""
-    return {} if torch.cuda.is_available() else {"dtype": "float32", "enforce_eager": True}
+    """vLLM arguments that CPUs need: graphs are captured on GPUs only, float32 is what the trainer computes in, and a
+    seeded request whose prompt is split over steps fails (vLLM 0.31 turns back a generator's offset, which CPU
+    generators do not have), so prompts are never split."""
+    if torch.cuda.is_available():
+        return {}
+    return {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
 
 
 class ColocatedVLLM(VLLMGeneration):
@@ -238,6 +242,9 @@ class ColocatedVLLM(VLLMGeneration):
 
     def __init__(self, *args: Any, engine_args: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.engine_args = cpu_engine_args() | (engine_args or {})
+        if not torch.cuda.is_available():  # prompts that are not split must fit into one step; TRL allows 4096 tokens
+            longest = kwargs["max_model_length"] or kwargs["model"].config.get_text_config().max_position_embeddings
+            self.engine_args.setdefault("max_num_batched_tokens", max(4096, longest))
         self._cache_awake = False  # in sleep mode
         prepare_cpu_vllm()
         super().__init__(*args, **kwargs)
