@@ -138,7 +138,13 @@ def test_a_resolved_recipe_runs_the_same(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
 def test_a_stopped_run_resumes_to_the_same_end(whole: Path, tmp_path: Path, how: str) -> None:
     """Stopped in the GRPO stage after step 11: by Ctrl-C (which saves), or killed (which loses up to 5 steps)."""
-    command = [sys.executable, "-m", "siftrl", "train", write_recipe(tmp_path)]
+    # a reward without weight changes nothing but the pace: there is time to hit the run where it hurts
+    (tmp_path / "my_rewards.py").write_text(
+        "import time\n\n\n"
+        "def pause(completions, **columns):\n    time.sleep(0.3)\n    return [0.0] * len(completions)\n"
+    )
+    slow = write_recipe(tmp_path, rewards=["reasoning_gym", {"name": "my_rewards:pause", "weight": 0.0}])
+    command = [sys.executable, "-m", "siftrl", "train", slow]
     run = tmp_path / "runs" / "small"
     # Popen in a session of its own: only the run gets the signal
     process = subprocess.Popen(
@@ -157,7 +163,7 @@ def test_a_stopped_run_resumes_to_the_same_end(whole: Path, tmp_path: Path, how:
         assert "--resume" in stdout + stderr
         steps = [int(p.name.split("-")[1]) for p in (run / "checkpoints" / "grpo").glob("checkpoint-*")]
         assert 11 <= max(steps) < 20
-    resumed = siftrl("train", "small.yaml", "--resume", cwd=tmp_path)
+    resumed = siftrl("train", write_recipe(tmp_path), "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert chosen(run) == chosen(whole)
     assert [line["step"] for line in lines(run / "selection.jsonl")] == list(range(1, 21))
