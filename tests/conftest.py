@@ -63,3 +63,40 @@ def grpo_args(folder: Path, **changes: Any) -> Any:
         "seed": 7,
     }
     return GRPOConfig(**(options | changes))
+
+
+def worded_sums() -> Any:
+    """48 sums with answers of different lengths, in two sources: 'words' has 6 of them."""
+    from datasets import Dataset
+
+    pairs = [(a, b) for a in range(8) for b in range(6)]
+    return Dataset.from_dict(
+        {
+            "prompt": [f"{a}+{b}=" for a, b in pairs],
+            "completion": [str(a + b) + "!" * (a * b % 4) for a, b in pairs],
+            "source": ["words" if index % 8 == 0 else "sums" for index in range(len(pairs))],
+        }
+    )
+
+
+def sft_args(folder: Path, **changes: Any) -> Any:
+    """A small CPU SFTConfig: 16 rows a step in micro-batches of 8."""
+    from trl import SFTConfig
+
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    return SFTConfig(**(options | changes))

@@ -91,6 +91,26 @@ def test_show_prints_a_recipe_that_loads_again(recipe: str, capsys: pytest.Captu
         assert line in text.splitlines()
 
 
+def test_show_prints_what_a_chain_of_batch_selectors_keeps(
+    recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chain = "[{name: high_loss, keep: 0.75}, {name: uniform_rows, keep: 32}]"
+    stage = f"stages.0={{kind: sft, rows_per_step: 64, batch_selector: {chain}, trainer: {{max_steps: 5}}}}"
+    assert cli.main(["show", recipe, stage, "--ranks", "2"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "copy.yaml").write_text(text)
+    assert load_recipe(tmp_path / "copy.yaml") == load_recipe(recipe, [stage])
+    for line in (
+        "#   rows read a step             64",
+        "#   rows trained on              32  64 -> high_loss 48 -> uniform_rows 32",
+        "#   micro-batches a rank          2  16 a rank / micro_batch_size 8",
+        "#   gradient accumulation         2  micro-batches of one optimizer step",
+        "#   optimizer steps               5",
+    ):
+        assert line in text.splitlines()
+    assert "rows a step" not in text
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(recipe: str) -> None:
     args = cli._parse(["train", recipe, "seed=1", "--resume", "name=x"])
     assert args.resume and args.overrides == ["seed=1", "name=x"]
@@ -110,8 +130,13 @@ def test_list_shows_names_keys_and_defaults(capsys: pytest.CaptureFixture[str]) 
     assert "prompt_curriculum (prompt selector)" in text
     assert "    candidates: Count = 4" in text
     assert "      body: Literal['own', 'policy'] = 'own'" in text
+    assert "high_loss (batch selector)\n  Keeps the rows of highest loss; of equal ones the first.\n" in text
+    assert "    normalise: bool = True\n" in text
+    assert "    reference: str (required)\n" in text
+    assert "A batch selector also takes `keep` (default 0.5)" in text
     assert cli.main(["list", "rewards"]) == 0
-    assert "exact_match\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "exact_match\n" in text and "`keep`" not in text
     assert cli.main(["list", "recipes"]) == 0
     text = capsys.readouterr().out
     assert "quickstart\n  siftrl train recipes/quickstart.yaml" in text

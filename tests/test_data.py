@@ -153,6 +153,45 @@ def test_malformed_prompts_name_the_row(tmp_path: Path, prompt: Any, message: st
     assert "row 0" in str(caught.value)
 
 
+def test_sources_are_text_and_survive_into_sft_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1), "family": name} for i, name in enumerate("aabab")]
+    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="family"), "sft")
+    assert splits.train["family"][:] == ["a", "a", "b", "a", "b"]
+    assert splits.report["sources"] == {"a": 3, "b": 2}
+    assert "sources" not in load(config(path=str(tmp_path / "rows.jsonl")), "sft").report
+    assert load(gym(), "sft").report["sources"] == {"chain_sum": 30, "letter_counting": 10}
+    assert load(gym(source="task"), "grpo").report["sources"] == {"chain_sum": 30, "letter_counting": 10}
+
+
+def test_numbers_become_names_of_sources_and_missing_ones_stay_missing(tmp_path: Path) -> None:
+    # The number of rows makes the first batch that is written all missing.
+    rows = [{"prompt": f"{i}=", "completion": "x", "id": None if i < 1500 else i % 2} for i in range(1502)]
+    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="id"), "sft")
+    assert splits.train["id"][1498:] == [None, None, "0", "1"]
+    assert splits.report["sources"] == {"": 1500, "0": 1, "1": 1}
+
+
+def test_sources_are_counted_after_held_out_and_dropped_rows_and_only_the_largest_are_reported(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}=", "completion": "x" if i else "", "source": f"s{i // 2}"} for i in range(48)]
+    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="source", eval={"size": 3}), "sft")
+    sources = splits.report["sources"]
+    assert len(splits.train) == 44 and len(sources) == 20
+    assert set(sources.values()) == {2} and not {"s0", "s22", "s23"} & set(sources)
+    assert "sources" not in splits.report["eval"]
+
+
+def test_a_column_of_sources_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "family": ["x"], "text": "y", "number": 1}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match="data.source: there is no column 'familly'; did you mean 'family'"):
+        load(config(path=path, source="familly"), "sft")
+    with pytest.raises(ValueError, match=r"data.source: row 0 has \['x'\] as its family; it must be text or a number"):
+        load(config(path=path, source="family"), "sft")
+    with pytest.raises(ValueError, match="data.source: 'text' is a name that the trainer reads; rename the column"):
+        load(config(path=path, source="text"), "sft")
+    assert load(config(path=path, source="text"), "grpo").train["text"][:] == ["y"]
+
+
 def test_names_of_reward_arguments_are_refused_as_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completions": "b"}])
     with pytest.raises(ValueError, match="'completions' has the name .* rename"):

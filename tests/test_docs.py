@@ -30,6 +30,7 @@ SECTIONS: dict[str, Any] = {
     "rewards[]": recipe.RewardConfig,
     "stages[]": recipe.Stage,
     "stages[] with kind: sft": recipe.SFTStage,
+    "stages[].signals": recipe.SignalsConfig,
     "stages[] with kind: grpo": recipe.GRPOStage,
     "stages[].rollout": recipe.RolloutConfig,
     "stages[].eval": recipe.EvalConfig,
@@ -72,8 +73,10 @@ BASE = """
 model: {path: some/model}
 data: {path: data.jsonl, eval: {size: 8}}
 rewards: [exact_match]
-stages: [{kind: grpo, trainer: {max_steps: 1}}]
+stages: [{kind: KIND, trainer: {max_steps: 1}}]
 """
+PARTS = {"part": "grpo", "sft part": "sft"}
+"""How a block that shows a part of a recipe is marked: mark -> the kind of stage that its stage keys are for."""
 
 
 def write_example_files(folder: Path) -> None:
@@ -101,15 +104,16 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_show_recipes() -> None:
     assert {block.page.name for block in YAML if block.info == "recipe"} >= {"README.md", "recipes.md"}
+    assert {block.page.name for block in YAML if block.info == "sft part"} >= {"batch_selection.md", "recipes.md"}
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_every_yaml_block_is_a_recipe_or_part_of_one(block: Block, examples: Path) -> None:
-    """`yaml recipe`: a whole recipe. `yaml part`: keys of a recipe, or else of its grpo stage."""
-    assert block.info in ("recipe", "part"), f"{block}: mark the block as `yaml recipe` or `yaml part`"
+    """`yaml recipe`: a whole recipe. `yaml part`, `yaml sft part`: keys of a recipe, or else of its stage."""
+    assert block.info in ("recipe", *PARTS), f"{block}: mark the block as `yaml recipe` or one of {', '.join(PARTS)}"
     content = parse_yaml(block.text)
-    if block.info == "part":
-        whole = parse_yaml(BASE)
+    if block.info in PARTS:
+        whole = parse_yaml(BASE.replace("KIND", PARTS[block.info]))
         for key, value in content.items():
             (whole if key in recipe.Recipe.model_fields else whole["stages"][0])[key] = value
         content = whole
@@ -121,6 +125,8 @@ def test_every_yaml_block_is_a_recipe_or_part_of_one(block: Block, examples: Pat
             plugins.load("reward", reward.name, reward.options)
         if stage.kind == "grpo" and stage.prompt_selector:
             plugins.load("selector", stage.prompt_selector.name, stage.prompt_selector.options)
+        for selector in stage.batch_selectors:
+            plugins.load("selector", selector.name, selector.options)
 
 
 # ---------------------------------------------------------------------------------------------------------- keys
@@ -291,24 +297,73 @@ def test_relative_links_resolve(page: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ examples
 
 
+def run_python_of(page: Path, folder: Path, model: str) -> dict[str, Any]:
+    """Run a page's Python blocks that are no files, one after another, with `model` in place of the quickstart's."""
+    (folder / "runs" / "quickstart").mkdir(parents=True)
+    (folder / "runs" / "quickstart" / "model").symlink_to(model)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    code = [block for block in blocks("python") if block.page == page and not block.info]
+    assert code
+    for block in code:
+        exec(compile(block.text, str(block), "exec"), namespace)
+    return namespace
+
+
 @pytest.mark.slow
 def test_the_readmes_python_runs_as_it_stands(
     tiny_model: str, examples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a random model where the quickstart would have left a trained one."""
-    (examples / "runs" / "quickstart").mkdir(parents=True)
-    (examples / "runs" / "quickstart" / "model").symlink_to(tiny_model)
-    code = [block for block in blocks("python") if block.page == README and not block.info]
-    assert len(code) == 2
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in code:
-        exec(compile(block.text, str(block), "exec"), namespace)
+    namespace = run_python_of(README, examples, tiny_model)
+    sft = namespace["sft"]
+    assert (sft.state.global_step, sft.rows_read, sft.rows_trained) == (10, 640, 320)
     trainer = namespace["trainer"]
     assert trainer.state.global_step == 20 and trainer.rollouts == 20 * 64
     assert trainer.prompt_selector.target == pytest.approx(0.8 - 0.5 * 19 / 20)  # the override was in use
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ \d+ \w+ ", line)]
     assert len(printed) == 20 * 8 and {line[2] for line in printed} <= {"uniform", "score", "explore"}
     assert (examples / "runs" / "easy-to-hard" / "model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_of_batch_selection_runs_as_it_stands(
+    tiny_model: str, examples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = run_python_of(ROOT / "docs" / "batch_selection.md", examples, tiny_model)["trainer"]
+    printed = re.findall(r"^(\d) Counter\(\{'\+': (\d+), '-': (\d+)\}\) \d+$", capsys.readouterr().out, re.MULTILINE)
+    assert [step for step, _, _ in printed] == ["1", "2", "3", "4", "5"]
+    assert all(int(plus) + int(minus) == 64 for _, plus, minus in printed)
+    assert (trainer.rows_read, trainer.rows_trained) == (5 * 64, 5 * 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("my_package.spread_losses:SpreadLosses", {"skip": 0.25}), ("my_package.hardest_token:CalmRows", {})],
+)
+def test_the_batch_selectors_shown_train_from_a_recipe(
+    tiny_model: str, examples: Path, name: str, options: dict[str, Any]
+) -> None:
+    rows = [{"prompt": "+".join(["1"] * n) + "=", "completion": str(n)} for n in range(1, 25)]
+    (examples / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = {
+        "kind": "sft",
+        "rows_per_step": 12,
+        "micro_batch_size": 4,
+        "batch_selector": {"name": name, "keep": 4, **options},
+        "trainer": {"max_steps": 2, "use_cpu": True, "disable_tqdm": True},
+    }
+    content = {"model": {"path": tiny_model}, "data": {"path": "data.jsonl"}, "stages": [stage]}
+    (examples / "run.yaml").write_text(recipe.dump_yaml(content))
+    assert cli.main(["train", "run.yaml"]) == 0
+    steps = [json.loads(line) for line in (examples / "runs" / "run" / "selection.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    for step in steps:
+        ranked = sorted(step["candidates"], key=lambda c: c["score"])
+        # of 12 rows the easiest 9 are looked at, and 4 of those kept: places 0, 9/4, 18/4 and 27/4, rounded down
+        places, why = ({0, 2, 4, 6}, "spread") if "Spread" in name else ({0, 1, 2, 3}, "calm")
+        assert {place for place, c in enumerate(ranked) if c["chosen"]} == places
+        assert {c["why"] for c in ranked if c["chosen"]} == {why}
 
 
 @pytest.mark.slow

@@ -267,3 +267,67 @@ def test_two_ranks_run_the_recipe_of_one(tmp_path: Path, launcher: str) -> None:
     assert double[1]["tokens"] == single[1]["tokens"]
     assert double[1]["eval"]["after"]["rows"] == 8
     assert json.loads((folders[1] / "environment.json").read_text())["world_size"] == 2
+
+
+SHORT_ANSWERS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from siftrl.fields import Positive
+from siftrl.signals import Loss
+from siftrl.types import BatchSelector, Selection, Signals
+
+
+@dataclass
+class ShortAnswers(BatchSelector):
+    \"\"\"Keeps rows of low loss for their length.
+
+    power: of the length.
+    \"\"\"
+
+    power: Positive = 1.0
+    needs: ClassVar = frozenset({Loss()})
+
+    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
+        scores = -signals[Loss()] * signals.num_tokens**self.power
+        self.best = scores.max().item()
+        return Selection.of(scores.argsort(descending=True)[:keep], len(signals), scores=scores, reasons="short")
+
+    def metrics(self) -> dict[str, float]:
+        return {"best": self.best}
+"""
+
+
+def test_recipe_with_a_batch_selector_of_ones_own(tmp_path: Path) -> None:
+    """A file outside of the package, in a chain with a shipped selector; then the next stage trains on its model."""
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_file.py").write_text(SHORT_ANSWERS)
+    chain = [
+        {"name": "my_package.my_file:ShortAnswers", "keep": 0.75, "power": 2.0},
+        {"name": "gradient_coreset", "keep": 8},
+    ]
+    warmup = RECIPE["stages"][0] | {"batch_selector": chain, "micro_batch_size": 4, "signals": {"micro_batch_size": 8}}
+    recipe = write_recipe(tmp_path, stages=[warmup | {"rows_per_step": 16}], rewards=[])
+    done = siftrl("train", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    stage = json.loads((run / "summary.json").read_text())["stages"][0]
+    assert stage["selection"]["rows_read"] == 96 and stage["selection"]["rows_trained"] == 48
+    assert 0 < stage["selection"]["share_of_time"] < 1
+    assert stage["seconds"]["score"] > 0 and stage["seconds"]["select"] > 0
+    steps = lines(run / "selection.jsonl")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        kept = [c for c in line["candidates"] if c["chosen"]]
+        assert len(line["candidates"]) == 16 and len(kept) == 8
+        assert sum(c["weight"] for c in kept) == pytest.approx(8, rel=1e-4)
+        assert {c["source"] for c in line["candidates"]} == {"chain_sum"} and {c["why"] for c in kept} == {"medoid"}
+    figures = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    assert all(
+        {"batch/my_file/best", "batch/gradient_coreset/coverage", "batch/share_of_time"} <= set(f) for f in figures
+    )
+    wrong = write_recipe(tmp_path, stages=[warmup | {"batch_selector": [chain[0] | {"powr": 1.0}]}], rewards=[])
+    refused = siftrl("validate", wrong, cwd=tmp_path)
+    assert refused.returncode == 2 and "powr" in refused.stderr and "power" in refused.stderr

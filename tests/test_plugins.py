@@ -126,7 +126,7 @@ def test_what_the_source_says_is_what_python_makes(kind: plugins.Kind, name: str
     """The fields and defaults read from the source are those of the imported class."""
     plugin, options = plugins.describe(kind, name)
     assert plugin.summary
-    required = {"response_format": {"pattern": "a"}}.get(name, {})
+    required = {"response_format": {"pattern": "a"}, "reducible_loss": {"reference": "a/model"}}.get(name, {})
     made = plugins.load(kind, name, required)
     live = [field.name for field in dataclasses.fields(made) if field.init and not field.name.startswith("_")]
     assert [option.name for option in options] == live

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from siftrl import recipe_checks
+from siftrl.batch_arithmetic import kept_rows
 from siftrl.recipe import (
+    BatchSelectorConfig,
     DataConfig,
     DistributionConfig,
     GRPOStage,
@@ -20,6 +22,7 @@ from siftrl.recipe import (
     Recipe,
     RecipeError,
     SFTStage,
+    SignalsConfig,
     batch_arithmetic,
     deepspeed_config,
     dump,
@@ -90,7 +93,53 @@ def test_defaults_and_plugins_are_filled_in(base: Path) -> None:
 
 def test_reasoning_gym_has_its_own_columns() -> None:
     data = DataConfig.model_validate({"reasoning_gym": {"tasks": [{"name": "chain_sum"}]}})
-    assert (data.prompt, data.completion) == ("question", "answer")
+    assert (data.prompt, data.completion, data.source) == ("question", "answer", "task")
+    assert DataConfig(path="rows.jsonl").source is None
+
+
+def test_batch_selectors_come_as_a_name_a_section_or_a_chain(base: Path) -> None:
+    def chain(override: str) -> list[BatchSelectorConfig]:
+        return load_recipe(base, [f"stages.0.batch_selector={override}"]).stages[0].batch_selectors
+
+    assert chain("null") == []
+    (by_name,) = chain("high_loss")
+    assert (by_name.name, by_name.keep, by_name.options) == ("high_loss", 0.5, {"normalise": True})
+    (section,) = chain("{name: high_loss, keep: 64, normalise: false}")
+    assert (section.keep, section.options) == (64, {"normalise": False})
+    first, second = chain("[uniform_rows, {name: reducible_loss, keep: 1.0, reference: a/model}]")
+    assert (first.name, second.options) == ("uniform_rows", {"reference": "a/model"})
+    assert load_recipe(base).stages[1].batch_selectors == []
+
+
+@pytest.mark.parametrize(
+    "selectors",
+    [
+        "high_loss",
+        "{name: high_loss, keep: 1.0}",
+        "[{name: high_loss, keep: 100}, {name: hard_batches, share: 0.5, keep: 1.0}, {name: uniform_rows, keep: 1}]",
+    ],
+)
+def test_a_written_batch_selector_loads_to_the_same(selectors: str, base: Path, tmp_path: Path) -> None:
+    """`keep: 1` is one row and `keep: 1.0` is all of them, so their types count as well."""
+    recipe = load_recipe(base, [f"stages.0.batch_selector={selectors}", "stages.0.signals.value=self_attn.v_proj"])
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump(recipe))
+    again = load_recipe(copy)
+    assert again == recipe and resolved(again) == resolved(recipe)
+    before, after = ([type(one.keep) for one in r.stages[0].batch_selectors] for r in (recipe, again))
+    assert before == after
+    assert again.stages[0].signals == SignalsConfig(value="self_attn.v_proj")
+
+
+def test_overrides_reach_batch_selectors(base: Path) -> None:
+    base.write_text(BASE.replace("rows_per_step: 128", "rows_per_step: 128\n    batch_selector: high_loss"))
+    (one,) = load_recipe(base, ["stages.0.batch_selector.keep=0.25"]).stages[0].batch_selectors
+    assert (one.name, one.keep) == ("high_loss", 0.25), "below the short form"
+    chain = "[high_loss, {name: uniform_rows, keep: 8}]"
+    base.write_text(BASE.replace("rows_per_step: 128", f"rows_per_step: 128\n    batch_selector: {chain}"))
+    overrides = ["stages.0.batch_selector.0.keep=64", "stages.warmup.batch_selector.uniform_rows.keep=16"]
+    first, second = load_recipe(base, overrides).stages[0].batch_selectors
+    assert [(first.name, first.keep), (second.name, second.keep)] == [("high_loss", 64), ("uniform_rows", 16)]
 
 
 def test_overrides_reach_lists_by_index_and_by_name(base: Path) -> None:
@@ -209,6 +258,27 @@ REFUSED = {
     "stages.0.name=grpo": "stages.1.name: 'grpo' is the name of stages.0 too",
     "stages.1.eval={samples: 3}": "stages.1.eval.samples: 3 greedy completions are all the same",
     "stages.1.batch_selector=loss": "stages.1.batch_selector: choosing rows inside a batch comes with a later release",
+    "stages.1.batch_selector=[high_loss]": "stages.1.batch_selector: choosing rows inside a batch comes with a later",
+    "stages.0.batch_selector=high_los": "stages.0.batch_selector.name: no selector 'high_los'; did you mean 'h",
+    "stages.0.batch_selector=uniform": "stages.0.batch_selector.name: 'uniform' selects prompts before the rol",
+    "stages.1.prompt_selector=high_loss": "stages.1.prompt_selector.name: 'high_loss' selects inside a batch;",
+    "stages.0.batch_selector={}": "stages.0.batch_selector.name: is required",
+    "stages.0.batch_selector=3": "stages.0.batch_selector: must be a mapping, not the number 3",
+    "stages.0.batch_selector=[]": "stages.0.batch_selector: is empty; write at least one item",
+    "stages.0.batch_selector=[high_loss, 3]": "stages.0.batch_selector.1: must be a mapping, not the number 3",
+    "stages.0.batch_selector={name: high_loss, normalize: true}": "batch_selector.normalize: unknown key; did you mean",
+    "stages.0.batch_selector=[{name: high_loss, normalise: 1}]": "batch_selector.0.normalise: must be true or",
+    "stages.0.batch_selector=reducible_loss": "stages.0.batch_selector.reference: is required",
+    "stages.0.batch_selector={name: high_loss, keep: true}": "batch_selector.keep: must be a share above 0 and",
+    "stages.0.batch_selector={name: high_loss, keep: 0}": "batch_selector.keep: must be a share above 0 and up",
+    "stages.0.batch_selector={name: high_loss, keep: 1.5}": "from 1 on, not the number 1.5",
+    "stages.0.batch_selector=[{name: high_loss, keep: '8'}]": "batch_selector.0.keep: must be a share above 0",
+    "stages.0.batch_selector={name: high_loss, keep: 129}": "batch_selector.keep: 129 rows are more than the 128 to ch",
+    "stages.0.batch_selector=[high_loss, {name: high_loss, keep: 65}]": "batch_selector.1.keep: 65 rows are mo",
+    "stages.0.batch_selector={name: high_loss, keep: 96}": "stages.0.batch_selector.keep: micro_batch_size 64 does not",
+    "stages.0.signals.block=layers": "stages.0.signals.block: has no effect without a batch selector; remove i",
+    "stages.0.signals.micro_batch_size=0": "stages.0.signals.micro_batch_size: must be greater than or equal to 1",
+    "stages.1.signals={}": "stages.1.signals: unknown key",
     "stages.1.micro_batch_size=48": "stages.1.micro_batch_size: 48 does not divide the 256 completions a rank",
     "stages.0.micro_batch_size=48": "stages.0.micro_batch_size: 48 does not divide the 128 rows a rank",
     "stages.1.optimizer_steps_per_rollout=3": "stages.1.optimizer_steps_per_rollout: 3 does not divide the 4 micro-b",
@@ -253,6 +323,43 @@ def test_quantised_weights_and_colocated_vllm_do_not_meet(base: Path) -> None:
     overrides = ("model={path: x, quantize: 4bit, lora: {}}", "stages.1.rollout.engine=vllm")
     assert "stages.1.rollout.engine: colocated vllm does not load" in refusal(base, *overrides, check_installed=False)
     load_recipe(base, [*overrides, "stages.1.rollout.mode=server"], check_installed=False)
+
+
+WITH_A_SELECTOR = {
+    "train_sampling_strategy=group_by_length": "train_sampling_strategy: does not work with a batch selector: the rows",
+    "parallelism_config={cp_size: 2}": "parallelism_config: does not work with a batch selector: whole rows are scored",
+    "auto_find_batch_size=true": "auto_find_batch_size: is set by siftrl; write micro_batch_size instead",
+}
+
+
+@pytest.mark.parametrize(("option", "message"), WITH_A_SELECTOR.items(), ids=WITH_A_SELECTOR)
+def test_trainer_options_that_a_batch_selector_rules_out(option: str, message: str, base: Path) -> None:
+    text = refusal(base, "stages.0.batch_selector=high_loss", f"stages.0.trainer.{option}")
+    assert f"stages.0.trainer.{message}" in text
+
+
+def test_trainer_options_that_a_batch_selector_allows(base: Path) -> None:
+    options = "{packing: true, dataloader_drop_last: true, eval_strategy: no, train_sampling_strategy: random}"
+    load_recipe(base, ["stages.0.batch_selector=high_loss", f"stages.0.trainer={options}"])
+    load_recipe(base, ["stages.0.trainer.train_sampling_strategy=group_by_length"])
+
+
+@pytest.mark.parametrize("field", ["keep", "name"])
+def test_a_batch_selector_may_not_have_the_recipe_s_own_keys(
+    field: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"""
+from dataclasses import dataclass
+
+@dataclass
+class Mine:
+    {field}: int = 3
+    def select(self, signals, keep, generator): ...
+"""
+    (base.parent / f"my_{field}.py").write_text(source)
+    monkeypatch.syspath_prepend(base.parent)
+    text = refusal(base, f"stages.0.batch_selector=my_{field}:Mine")
+    assert f"stages.0.batch_selector.name: 'my_{field}:Mine' has a field '{field}', which is a key of every" in text
 
 
 MISSING = {
@@ -364,6 +471,90 @@ def test_proposed_values_do_divide(keys: dict[str, int], ranks: int, key: str, p
         batch_arithmetic(stage, ranks)
 
 
+@pytest.mark.parametrize(
+    ("rows", "keeps", "kept"),
+    [
+        (64, [], []),
+        (64, [0.5], [32]),
+        (64, [0.75, 32], [48, 32]),
+        (64, [1], [1]),
+        (64, [1.0], [64]),
+        (64, [0.75, 1.0, 0.25, 1], [48, 48, 12, 1]),
+        (10, [0.25], [3]),  # 2.5: halves go up
+        (10, [0.24], [2]),
+        (50, [0.29], [15]),  # 14.5, which is 14.499999999999998 in floating point
+        (10, [0.01, 0.01], [1, 1]),  # at least one
+    ],
+)
+def test_what_each_selector_of_a_chain_keeps(rows: int, keeps: list[float | int], kept: list[int]) -> None:
+    assert kept_rows(rows, keeps) == kept
+
+
+def test_no_selector_keeps_more_than_it_is_given() -> None:
+    with pytest.raises(RecipeError, match="33 rows are more than the 32 to choose from; write 32 or less") as caught:
+        kept_rows(64, [0.5, 33])
+    assert caught.value.key == (1, "keep")
+
+
+def sift(selectors: object, rows: int = 64, micro: int = 8, **trainer: object) -> SFTStage:
+    keys = {"rows_per_step": rows, "micro_batch_size": micro, "batch_selector": selectors, "trainer": trainer}
+    return SFTStage.model_validate({"kind": "sft", **keys})
+
+
+def test_sft_arithmetic_with_a_batch_selector() -> None:
+    # 64 rows read, 48 after the first, 32 after the second: on 2 ranks 16 each, in 2 micro-batches of 8.
+    stage = sift([{"name": "high_loss", "keep": 0.75}, {"name": "uniform_rows", "keep": 32}], num_train_epochs=2)
+    numbers = batch_arithmetic(stage, 2, num_rows=100)
+    assert (numbers.rows, numbers.rows_per_rank, numbers.rows_kept, numbers.kept_per_rank) == (64, 32, 32, 16)
+    assert (numbers.micro_batch_size, numbers.micro_batches_per_rank) == (8, 2)
+    assert numbers.gradient_accumulation_steps == 2
+    assert numbers.optimizer_steps == 4  # two an epoch, the second filled up
+    # Rows are chosen before they are packed, so packing leaves the number of steps known.
+    assert batch_arithmetic(sift("high_loss", packing=True, num_train_epochs=1), 1, num_rows=65).optimizer_steps == 2
+    assert batch_arithmetic(sift("high_loss", max_steps=7), 1, num_rows=100).optimizer_steps == 7
+    plain = batch_arithmetic(sift(None), 2)
+    assert (plain.rows_kept, plain.kept_per_rank, plain.micro_batches_per_rank) == (None, None, 4)
+
+
+def test_fewer_rows_than_a_micro_batch_are_one_micro_batch() -> None:
+    # 30 rows do not divide into micro-batches of 8, but only the 10 kept have to: 5 on each of 2 ranks.
+    numbers = batch_arithmetic(sift({"name": "high_loss", "keep": 10}, rows=30), 2)
+    assert (numbers.kept_per_rank, numbers.micro_batch_size, numbers.gradient_accumulation_steps) == (5, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("selectors", "ranks", "micro", "key", "problem"),
+    [
+        ({"keep": 31}, 2, 8, "keep", "31 of 64 rows do not divide over 2 ranks; write 16 or 32"),
+        ({"keep": 9}, 2, 8, "keep", "9 of 64 rows do not divide over 2 ranks; write 8 or 10"),
+        ({"keep": 0.48}, 2, 8, "keep", "31 of 64 rows do not divide over 2 ranks; write 0.25 or 0.5"),
+        ({"keep": 0.15}, 4, 8, "keep", "10 of 64 rows do not divide over 4 ranks; write 0.12 or 0.19"),
+        ({"keep": 3}, 4, 8, "keep", "3 of 64 rows do not divide over 4 ranks; write 4"),
+        ({"keep": 63}, 1, 8, "keep", "the 63 rows that a rank trains on (63 of 64 rows over 1 rank); write 56 or 64"),
+        ([{"keep": 48}, {"keep": 20}], 1, 8, "1.keep", "trains on (20 of 48 rows over 1 rank); write 16 or 24"),
+        ([{"keep": 21}, {"keep": 1.0}], 2, 16, "1.keep", "21 of 21 rows do not divide over 2 ranks; write 0.95"),
+        ([{"keep": 3}, {"keep": 1.0}], 4, 8, "0.keep", "leaves 3 rows for 4 ranks; keep 4 or more"),
+    ],
+)
+def test_kept_rows_divide_over_ranks_and_micro_batches(
+    selectors: dict | list[dict], ranks: int, micro: int, key: str, problem: str
+) -> None:
+    def named(proposal: float | int | None) -> list[dict] | dict:
+        chain = selectors if isinstance(selectors, list) else [selectors]
+        chain = [{"name": "high_loss", **one} for one in chain]
+        if proposal is not None:
+            chain[int(key[0]) if "." in key else 0]["keep"] = proposal
+        return chain if isinstance(selectors, list) else chain[0]
+
+    with pytest.raises(RecipeError) as caught:
+        batch_arithmetic(sift(named(None), micro=micro), ranks)
+    assert ".".join(map(str, caught.value.key)) == f"batch_selector.{key}"
+    assert caught.value.problem.endswith(problem)
+    for proposal in re.findall(r"[\d.]+", re.split("; (?:write|keep) ", problem)[1]):
+        numbers = batch_arithmetic(sift(named(parse_yaml(proposal)), micro=micro), ranks)
+        assert numbers.micro_batch_size * numbers.gradient_accumulation_steps * ranks == numbers.rows_kept
+
+
 def test_the_launcher_s_world_size_counts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "128 rows do not divide over 3 ranks; write 126 or 129" in refusal(base)
@@ -429,7 +620,26 @@ def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:
         assert not list(validator.iter_errors(json.loads(json.dumps(resolved(recipe))))), path
     data = parse_yaml(BASE)
     assert validator.is_valid(data)
+    for selectors in (
+        None,
+        "high_loss",
+        "mine:Selector",
+        {"name": "reducible_loss", "reference": "a/model", "keep": 1.0},
+        [{"name": "high_loss", "keep": 32}, {"name": "mine:Selector", "anything": 3}],
+    ):
+        right = yaml.safe_load(yaml.safe_dump(data))
+        right["stages"][0] |= {"batch_selector": selectors, "signals": {"micro_batch_size": 4, "block": None}}
+        assert validator.is_valid(right), selectors
     for stage, key, value in (
+        (0, "batch_selector", "uniform"),
+        (0, "batch_selector", []),
+        (0, "batch_selector", {"name": "reducible_loss"}),
+        (0, "batch_selector", {"name": "high_loss", "normalize": True}),
+        (0, "batch_selector", [{"name": "high_loss", "keep": 0}]),
+        (0, "batch_selector", {"name": "high_loss", "keep": 1.5}),
+        (0, "signals", {"blok": "x"}),
+        (1, "prompt_selector", "high_loss"),
+        (1, "batch_selector", "high_loss"),
         (1, "prompt_selector", {"name": "prompt_curriculum", "candidats": 3}),
         (1, "prompt_selector", "none_such"),
         (1, "trainer", {"lerning_rate": 1}),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from siftrl.recipe_text import RecipeError
+from siftrl.recipe_text import Key, RecipeError
 
 if TYPE_CHECKING:
     from siftrl.recipe import GRPOStage, SFTStage
@@ -15,15 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BatchArithmetic:
-    """The numbers of one step. A row is a completion (grpo) or an example (sft)."""
+    """The numbers of one step. A row is a completion (grpo) or an example (sft).
+
+    With a batch selector `rows` are read, `rows_kept` of them are trained on, and the micro-batches are those of the
+    rows that are trained on: micro_batch_size x gradient_accumulation_steps x world_size = rows_kept.
+    """
 
     world_size: int
     rows: int
     """Rows of one step over all ranks; grpo: prompts_kept x completions_per_prompt."""
     rows_per_rank: int
     micro_batch_size: int
+    """The stage's, or `kept_per_rank` where that is smaller."""
     micro_batches_per_rank: int
     gradient_accumulation_steps: int
+    rows_kept: int | None = None
+    """sft with a batch selector: rows of one step that are trained on, over all ranks."""
+    kept_per_rank: int | None = None
     prompts_proposed: int | None = None
     """grpo: candidates drawn before the prompt selector chooses."""
     prompts_kept: int | None = None
@@ -52,15 +61,37 @@ def batch_arithmetic(stage: SFTStage | GRPOStage, world_size: int, num_rows: int
     return _grpo(stage, world_size, num_rows)
 
 
+def kept_rows(rows: int, keeps: Sequence[float | int]) -> list[int]:
+    """How many rows each batch selector of a chain keeps; the first is given `rows`, each other what the last kept.
+
+    keeps: for each a share of the rows that it is given (a float; rounded to whole rows, halves up, at least 1), or a
+    number of rows (an int).
+    Raises RecipeError, key (index, "keep"), where a number is larger than what is given.
+    """
+    kept: list[int] = []
+    for index, keep in enumerate(keeps):
+        given = kept[-1] if kept else rows
+        if isinstance(keep, float):
+            # Rounded twice, so that a half is a half: 0.29 * 50 is 14.499999999999998.
+            keep = max(1, math.floor(round(keep * given, 9) + 0.5))
+        if keep > given:
+            raise RecipeError(
+                f"{keep} rows are more than the {given} to choose from; write {given} or less", index, "keep"
+            )
+        kept.append(keep)
+    return kept
+
+
 def _sft(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
     rows, micro = stage.rows_per_step, stage.micro_batch_size
-    ranks = f"{world} rank{'s' * (world > 1)}"
     if rows % world:
-        raise RecipeError(f"{rows} rows do not divide over {ranks}; {_multiples(rows, world)}", "rows_per_step")
+        raise RecipeError(f"{rows} rows do not divide over {_ranks(world)}; {_multiples(rows, world)}", "rows_per_step")
+    if stage.batch_selectors:
+        return _sft_selected(stage, world, num_rows)
     per_rank = rows // world
     if per_rank % micro:
         raise RecipeError(
-            f"{micro} does not divide the {per_rank} rows a rank (rows_per_step {rows} over {ranks}); "
+            f"{micro} does not divide the {per_rank} rows a rank (rows_per_step {rows} over {_ranks(world)}); "
             f"{_divisors(per_rank, micro)}",
             "micro_batch_size",
         )
@@ -80,12 +111,68 @@ def _sft(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
     )
 
 
+def _sft_selected(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
+    kept = _kept_over_ranks(stage, world)
+    kept_per_rank = kept // world
+    micro = min(stage.micro_batch_size, kept_per_rank)
+    steps = _option(stage, "max_steps", -1)
+    if steps <= 0 and num_rows:  # rows are chosen before they are packed, and every step reads as many
+        steps = math.ceil(_option(stage, "num_train_epochs", 3.0) * math.ceil(num_rows / stage.rows_per_step))
+    return BatchArithmetic(
+        world_size=world,
+        rows=stage.rows_per_step,
+        rows_per_rank=stage.rows_per_step // world,
+        micro_batch_size=micro,
+        micro_batches_per_rank=kept_per_rank // micro,
+        gradient_accumulation_steps=kept_per_rank // micro,
+        rows_kept=kept,
+        kept_per_rank=kept_per_rank,
+        optimizer_steps=int(steps) if steps > 0 else None,
+    )
+
+
+def _kept_over_ranks(stage: SFTStage, world: int) -> int:
+    """Rows of a step that the stage's batch selectors leave.
+
+    Raises RecipeError, with the key of a `keep`, where they do not divide over ranks and micro-batches.
+    """
+    keeps, micro = [selector.keep for selector in stage.batch_selectors], stage.micro_batch_size
+    keys: list[Key] = [("batch_selector", "keep")]
+    if isinstance(stage.batch_selector, list):
+        keys = [("batch_selector", index, "keep") for index in range(len(keeps))]
+    try:
+        given, kept = [stage.rows_per_step, *kept_rows(stage.rows_per_step, keeps)][-2:]
+    except RecipeError as error:
+        raise RecipeError(error.problem, *keys[int(error.key[0])]) from None
+    if given < world:  # so there is one before the last: the first is given rows_per_step
+        raise RecipeError(f"leaves {given} rows for {_ranks(world)}; keep {world} or more", *keys[-2])
+
+    def fits(count: int) -> bool:
+        per_rank, rest = divmod(count, world)
+        return not rest and per_rank > 0 and (per_rank <= micro or not per_rank % micro)
+
+    if fits(kept):
+        return kept
+    counts = [next(filter(fits, numbers), None) for numbers in (range(kept, 0, -1), range(kept, given + 1))]
+    proposals = [_share(count, given) if isinstance(keeps[-1], float) else count for count in counts if count]
+    problem = f"{kept} of {given} rows do not divide over {_ranks(world)}"
+    if not kept % world:
+        of = f"{kept} of {given} rows over {_ranks(world)}"
+        problem = f"micro_batch_size {micro} does not divide the {kept // world} rows that a rank trains on ({of})"
+    raise RecipeError(f"{problem}; write {' or '.join(map(str, proposals))}", *keys[-1])
+
+
+def _share(count: int, given: int) -> float:
+    """The shortest share of `given` rows that keeps `count`."""
+    shares = (round(count / given, digits) for digits in range(1, 17))
+    return next(share for share in shares if 0 < share <= 1 and kept_rows(given, [share]) == [count])
+
+
 def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic:
     prompts, group, micro = stage.prompts_per_step, stage.completions_per_prompt, stage.micro_batch_size
     updates = stage.optimizer_steps_per_rollout
     rows = prompts * group
-    ranks = f"{world} rank{'s' * (world > 1)}"
-    made = f"prompts_per_step {prompts} x completions_per_prompt {group} = {rows} completions over {ranks}"
+    made = f"prompts_per_step {prompts} x completions_per_prompt {group} = {rows} completions over {_ranks(world)}"
     if rows % world:
         need = world // math.gcd(world, group)
         raise RecipeError(f"{made} do not divide; {_multiples(prompts, need)}", "prompts_per_step")
@@ -121,6 +208,10 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
         optimizer_steps=int(steps) if steps > 0 else None,
         rollouts=math.ceil(steps / steps_per_rollout) if steps > 0 else None,
     )
+
+
+def _ranks(world: int) -> str:
+    return f"{world} rank{'s' * (world > 1)}"
 
 
 def _option(stage: SFTStage | GRPOStage, name: str, default: float) -> float:

@@ -12,10 +12,11 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from siftrl.gym_rows import make_rows
@@ -38,6 +39,7 @@ _TRL_COLUMNS = {
         *("input_ids", "labels", "completion_mask", "assistant_masks"),
     },
 }
+_SOURCES_REPORTED = 20
 _UNCACHED: dict[str, Any] = {"load_from_cache_file": False}  # a closure's hash is no safe key for a cache
 
 
@@ -54,8 +56,10 @@ def load_data(data: DataConfig, kind: Literal["sft", "grpo"], tokenizer: PreTrai
     """Load, check and shape the rows of a stage. The same recipe gives the same rows in the same order.
 
     Held-out rows never occur in training: equal prompts are taken out of the training rows and counted.
+    With `data.source` the training rows' column of that name is text, or None where it is missing.
     report: {"rows", "prompt_tokens": {"mean", "max"}, "dropped": {reason: count}, "ignored_columns": names that
-    TRL would misread}, and the same for the held-out rows under "eval".
+    TRL would misread}, with `data.source` also "sources": {name: rows} of the 20 largest ("": missing), and all but
+    that for the held-out rows under "eval".
     Raises ValueError for missing columns, empty sets, rows that make no sense, prompts the tokenizer cannot encode.
     """
     if data.reasoning_gym is not None:
@@ -65,6 +69,8 @@ def load_data(data: DataConfig, kind: Literal["sft", "grpo"], tokenizer: PreTrai
     filled = data  # reasoning-gym's rows got their prompts when they were made, while all of their record was at hand
     if data.reasoning_gym is not None and data.prompt_template is not None:
         filled = data.model_copy(update={"prompt": "prompt", "prompt_template": None})
+    if data.source is not None:
+        train_rows = _with_sources(train_rows, data.source, kind)
     train, report = _shape(train_rows, filled, kind, tokenizer, "training rows")
     held_out = None
     if eval_rows is not None:
@@ -79,6 +85,8 @@ def load_data(data: DataConfig, kind: Literal["sft", "grpo"], tokenizer: PreTrai
             raise ValueError("data.eval: every training prompt is also held out; hold out other rows")
         report["eval"] = eval_report
     report["rows"] = len(train)
+    if data.source is not None:
+        report["sources"] = dict(Counter(name or "" for name in train[data.source]).most_common(_SOURCES_REPORTED))
     return DataSplits(train, held_out, report)
 
 
@@ -260,11 +268,30 @@ def _check_columns(rows: Dataset, data: DataConfig, kind: str) -> None:
     if kind == "sft" and not is_conversation:
         needed["completion"] = data.completion or "completion"
     for key, column in needed.items():
-        if column not in columns:
-            raise ValueError(
-                f"data.{key}: there is no column {column!r}{near(column, columns)}; the columns are "
-                f"{', '.join(columns)}"
-            )
+        _require_column(key, column, columns)
+
+
+def _require_column(key: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise ValueError(
+            f"data.{key}: there is no column {column!r}{near(column, columns)}; the columns are {', '.join(columns)}"
+        )
+
+
+def _with_sources(rows: Dataset, column: str, kind: Literal["sft", "grpo"]) -> Dataset:
+    """The rows with the column of their sources as text: numbers are written out, what is missing stays None."""
+    _require_column("source", column, rows.column_names)
+    if column in ("prompt", "completion") or column in _TRL_COLUMNS[kind]:
+        raise ValueError(f"data.source: {column!r} is a name that the trainer reads; rename the column, to 'source'")
+    text = Value("string")
+    if rows.features[column] == text:
+        return rows
+    names: list[str | None] = []
+    for i, value in enumerate(rows[column]):
+        if not isinstance(value, (str, int, float, NoneType)):
+            raise ValueError(f"data.source: row {i} has {value!r} as its {column}; it must be text or a number")
+        names.append(None if value is None else str(value))
+    return rows.remove_columns(column).add_column(column, names, feature=text)
 
 
 def _encoded_lengths(

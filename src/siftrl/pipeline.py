@@ -127,7 +127,7 @@ def _run_stage(
     if isinstance(stage, GRPOStage):
         trainer = _grpo_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     else:
-        trainer = _sft_trainer(model, tokenizer, data, options, recorder)
+        trainer = _sft_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     if trainer.args.world_size != distributed.world_size():  # ranks that train apart would look like success
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
@@ -255,20 +255,35 @@ def _grpo_trainer(
 
 
 def _sft_trainer(
-    model: ModelConfig, tokenizer: Any, data: DataSplits, options: dict[str, Any], recorder: Recorder
+    recipe: Recipe,
+    stage: SFTStage,
+    model: ModelConfig,
+    tokenizer: Any,
+    data: DataSplits,
+    options: dict[str, Any],
+    recorder: Recorder,
 ) -> SFTTrainer:
     from trl import SFTConfig
 
+    from siftrl.parts import PartNames
     from siftrl.trainers.sft import SFTTrainer
 
     options["model_init_kwargs"] = models.model_init_kwargs(model)
+    source = recipe.data_of(stage).source if stage.batch_selectors else None
+    names = stage.signals
     return SFTTrainer(
         model=model.path,
         args=SFTConfig(**options),
-        train_dataset=data.train.select_columns(["prompt", "completion"]),
+        train_dataset=data.train.select_columns(["prompt", "completion", *([source] if source else [])]),
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
+        batch_selector=[(plugins.load("selector", one.name, one.options), one.keep) for one in stage.batch_selectors]
+        or None,
+        candidates=stage.rows_per_step,
+        source_column=source,
+        scoring_batch_size=names.micro_batch_size,
+        parts=PartNames(names.block, names.value, names.head),
         recorder=recorder,
     )
 

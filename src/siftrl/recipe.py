@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from siftrl.batch_arithmetic import BatchArithmetic, batch_arithmetic, world_size
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.fields import Count
 from siftrl.recipe_checks import check_recipe
 from siftrl.recipe_sections import (
+    BatchSelectorConfig,
     CheckpointConfig,
     DataConfig,
     DistributionConfig,
@@ -35,6 +36,7 @@ from siftrl.recipe_sections import (
     ScratchConfig,
     Section,
     SelectorConfig,
+    SignalsConfig,
 )
 from siftrl.recipe_text import RecipeError, apply_overrides, describe_error, dump_yaml, read_yaml
 
@@ -51,6 +53,7 @@ __all__ = [
     "dump",
     "load_recipe",
     "resolved",
+    "BatchSelectorConfig",
     "CheckpointConfig",
     "DataConfig",
     "DistributionConfig",
@@ -67,7 +70,21 @@ __all__ = [
     "ScratchConfig",
     "Section",
     "SelectorConfig",
+    "SignalsConfig",
 ]
+
+
+def _one_or_chain(value: Any) -> str:
+    return "chain" if isinstance(value, list) else "one"
+
+
+# Told apart by their form, so that an error speaks of what was written, not of every form there is.
+BatchSelectors = Annotated[
+    Annotated[BatchSelectorConfig, Tag("one")]
+    | Annotated[list[BatchSelectorConfig], Field(min_length=1), Tag("chain")],
+    Discriminator(_one_or_chain),
+]
+"""One batch selector, or a chain of them."""
 
 
 class Stage(Section):
@@ -81,8 +98,9 @@ class Stage(Section):
     """Replaces the recipe's `rewards` for this stage."""
     micro_batch_size: Count = 8
     """Rows in one forward and backward pass of one rank."""
-    batch_selector: None = None
-    """Chooses rows inside a batch, before backward. Comes with a later release."""
+    batch_selector: BatchSelectors | None = None
+    """Chooses the rows of a step that are trained on, before backward; a list: each chooses from what the one before
+    kept. For sft stages."""
     trainer: dict[str, Any] = {}
     """Options of TRL's config class (SFTConfig, GRPOConfig), passed through."""
 
@@ -93,11 +111,11 @@ class Stage(Section):
             return {**data, "name": data["kind"]}
         return data
 
-    @field_validator("batch_selector", mode="before")
-    @classmethod
-    def no_batch_selector_yet(cls, value: Any) -> None:
-        if value is not None:
-            raise RecipeError("choosing rows inside a batch comes with a later release; remove it")
+    @property
+    def batch_selectors(self) -> list[BatchSelectorConfig]:
+        """The chain of batch selectors, in order; none: empty."""
+        chosen = self.batch_selector
+        return chosen if isinstance(chosen, list) else [chosen] if chosen else []
 
 
 class SFTStage(Stage):
@@ -105,7 +123,17 @@ class SFTStage(Stage):
 
     kind: Literal["sft"]
     rows_per_step: Count = 64
-    """Rows of one optimizer step, over all ranks."""
+    """Rows of one optimizer step, over all ranks; with a batch selector: the rows that it chooses from."""
+    signals: SignalsConfig = SignalsConfig()
+    """How rows are scored for the batch selector."""
+
+    @model_validator(mode="after")
+    def signals_serve_a_selector(self) -> SFTStage:
+        given = [key for key, value in self.signals if value is not None]
+        if given and not self.batch_selectors:
+            problem = "has no effect without a batch selector; remove it, or write a `batch_selector`"
+            raise RecipeError(problem, "signals", given[0])
+        return self
 
 
 class GRPOStage(Stage):
@@ -122,6 +150,15 @@ class GRPOStage(Stage):
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig | None = None
     """Mean reward on the held-out rows before and after the stage; null: none."""
+    batch_selector: None = None
+    """Comes with a later release."""
+
+    @field_validator("batch_selector", mode="before")
+    @classmethod
+    def no_batch_selector_yet(cls, value: Any) -> None:
+        if value is not None:
+            problem = "choosing rows inside a batch comes with a later release for grpo stages"
+            raise RecipeError(f"{problem}; remove it, or write it in an sft stage")
 
 
 AnyStage = Annotated[SFTStage | GRPOStage, Field(discriminator="kind")]

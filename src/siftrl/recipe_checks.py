@@ -29,6 +29,11 @@ _EXTRAS = {
     "math_verify": "siftrl[math]",
     "bitsandbytes": "bitsandbytes (CUDA only)",
 }
+_NOT_WITH_A_BATCH_SELECTOR = {
+    "train_sampling_strategy": ("random", "the rows come in an order of siftrl's own, drawn from the recipe's `seed`"),
+    "parallelism_config": (None, "whole rows are scored and dealt to the ranks, and this splits a row over several"),
+}
+"""TRL's options that batch selection cannot work with: option -> (its harmless value, why)."""
 _ENGINE_ARGS_OWNED = {
     "model": "model.path",
     "tokenizer": "model.path",
@@ -97,6 +102,8 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
         raise RecipeError("a grpo stage needs rewards; write `rewards: [{name: exact_match}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
+    if stage.batch_selectors:
+        _check_trainer_with_selector(stage.trainer, (*key, "trainer"))
     with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
     arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
     if stage.kind == "grpo":
@@ -105,6 +112,12 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
         if rows is not None and arithmetic.prompts_proposed > rows:
             problem = f"a step draws {arithmetic.prompts_proposed} prompts, the data has only {rows} to train on"
             raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
+
+
+def _check_trainer_with_selector(options: dict[str, Any], key: Key) -> None:
+    for name, (harmless, why) in _NOT_WITH_A_BATCH_SELECTOR.items():
+        if options.get(name, harmless) != harmless:
+            raise RecipeError(f"does not work with a batch selector: {why}; remove it", *key, name)
 
 
 def with_key(function: Any, *arguments: Any, key: Key) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from siftrl import plugins
 from siftrl.fields import Count, Positive
-from siftrl.recipe_text import RecipeError
+from siftrl.recipe_text import RecipeError, kind_of
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z_-][A-Za-z0-9_.-]*$")]
 """A name that can be a folder's, and is not a number (numbers are list indices in overrides)."""
@@ -159,6 +159,8 @@ class DataConfig(Section):
     """Put in front as a system message; makes chat prompts out of plain ones."""
     chat: bool = False
     """Wrap a plain prompt as one user message."""
+    source: str | None = None
+    """The column that names where each row comes from; null: "task" for reasoning_gym, else none."""
     max_prompt_tokens: Count | None = None
     long_prompts: Literal["drop", "error"] = "drop"
     """What to do with longer prompts; dropped ones are counted and reported."""
@@ -174,6 +176,7 @@ class DataConfig(Section):
         from_gym = self.reasoning_gym is not None
         self.prompt = self.prompt or ("question" if from_gym else "prompt")
         self.completion = self.completion or ("answer" if from_gym else "completion")
+        self.source = self.source or ("task" if from_gym else None)
         return self
 
 
@@ -204,10 +207,10 @@ class RewardConfig(Section):
         return self
 
 
-class SelectorConfig(BaseModel):
-    """A prompt selector by name, with its own keys beside the name; `siftrl list selectors` shows them."""
+class _PluginSection(BaseModel):
+    """A selector's name, with its own keys beside the name."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True)
     name: str
 
     @model_validator(mode="before")
@@ -215,18 +218,69 @@ class SelectorConfig(BaseModel):
     def from_name(cls, data: Any) -> Any:
         return {"name": data} if isinstance(data, str) else data
 
-    @model_validator(mode="after")
-    def check_options(self) -> SelectorConfig:
-        plugin = plugins.find("selector", self.name)
-        if plugin.role != "prompt":
-            raise RecipeError(f"{self.name!r} selects inside a batch; write a selector of prompts", "name")
-        self.__pydantic_extra__ = plugins.validate("selector", self.name, self.options)
-        return self
-
     @property
     def options(self) -> dict[str, Any]:
         """The selector's own keys, checked, defaults included."""
         return dict(self.__pydantic_extra__ or {})
+
+
+class SelectorConfig(_PluginSection):
+    """A prompt selector by name, with its own keys beside the name; `siftrl list selectors` shows them."""
+
+    @model_validator(mode="after")
+    def check_options(self) -> SelectorConfig:
+        plugin = plugins.find("selector", self.name)
+        if plugin.role != "prompt":
+            problem = "selects inside a batch; write a selector of prompts, and this one in an sft stage"
+            raise RecipeError(f"{self.name!r} {problem} under `batch_selector`", "name")
+        self.__pydantic_extra__ = plugins.validate("selector", self.name, self.options)
+        return self
+
+
+Keep = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+"""A number of rows (1 is one row), or a share of them (1.0 is all)."""
+
+
+class BatchSelectorConfig(_PluginSection):
+    """A batch selector by name, with `keep` and its own keys beside it; `siftrl list selectors` shows them."""
+
+    keep: Keep = 0.5
+    """A share, such as 0.5, of the rows that it is given, or a number of rows, such as 32, over all ranks."""
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def rows_or_share(cls, value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+            wanted = "a share above 0 and up to 1.0, or a whole number of rows from 1 on"
+            raise RecipeError(f"must be {wanted}, not {kind_of(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def check_options(self) -> BatchSelectorConfig:
+        plugin = plugins.find("selector", self.name)
+        if plugin.role != "batch":
+            problem = "selects prompts before the rollouts; write a selector of rows, and this one in a grpo stage"
+            raise RecipeError(f"{self.name!r} {problem} under `prompt_selector`", "name")
+        for key in ("name", "keep"):
+            if key in plugin.fields:
+                problem = f"has a field {key!r}, which is a key of every batch selector; give it another name"
+                raise RecipeError(f"{self.name!r} {problem}", "name")
+        self.__pydantic_extra__ = plugins.validate("selector", self.name, self.options)
+        return self
+
+
+class SignalsConfig(Section):
+    """How the rows are scored that a batch selector chooses from."""
+
+    micro_batch_size: Count | None = None
+    """Rows scored in one forward pass; null: the stage's `micro_batch_size`."""
+    block: str | None = None
+    """Dotted name of the model's last block; null: found by the model's structure."""
+    value: str | None = None
+    """Dotted name of the V projection, inside the block; null: found by the model's structure."""
+    head: str | None = None
+    """Dotted name of the head; null: found by the model's structure."""
 
 
 class RolloutConfig(Section):

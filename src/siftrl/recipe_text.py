@@ -158,6 +158,10 @@ def _read_lines(node: yaml.Node, key: Key, document: Document) -> None:
             _read_lines(value, (*key, name.value), document)
 
 
+_PLUGINS = ("prompt_selector", "batch_selector", "rewards")
+"""Keys whose sections, or whose items, have a short form: a plugin's name alone."""
+
+
 def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
     """Set `key.path=value` in the document's data. Lists are entered by index, or by the `name` of an item."""
     for text in overrides:
@@ -176,7 +180,7 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
             inner = target.get(step) if isinstance(target, dict) else target[step]
             if inner is None:
                 inner = {}
-            elif isinstance(inner, str) and (step == "prompt_selector" or key[-1:] == ("rewards",)):
+            elif isinstance(inner, str) and (step in _PLUGINS or isinstance(target, list) and key[-1] in _PLUGINS):
                 inner = {"name": inner}  # the short form of a plugin
             key = (*key, step)
             if not isinstance(inner, (dict, list)):

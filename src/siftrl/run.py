@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from siftrl import __version__
 
 if TYPE_CHECKING:
-    from siftrl.recipe import Recipe
-    from siftrl.types import Candidates, Selection
+    from torch import Tensor
 
-PARTS = ("propose", "generate", "reward", "value_update", "policy_update", "weight_sync")
+    from siftrl.recipe import Recipe
+    from siftrl.types import Candidates, Selection, Signals
+
+PARTS = ("propose", "generate", "reward", "value_update", "score", "select", "policy_update", "weight_sync")
 LOGS = ("metrics.jsonl", "selection.jsonl", "samples.jsonl")
 _PACKAGES = (
     "torch",
@@ -133,6 +135,28 @@ class Recorder:
                 line |= {"chosen": False}
             lines.append(line)
         self._write("selection.jsonl", {"step": step, "round": round_, "candidates": lines})
+
+    def batch(self, step: int, signals: Signals, usable: Tensor, selection: Selection) -> None:
+        """One line an optimizer step: every candidate row with its score, and for the chosen ones why and how much."""
+        if not self.log_selection:
+            return
+        assert signals.ids is not None
+        place = {index: order for order, index in enumerate(selection.indices.tolist())}
+        weights = selection.weights.tolist()
+        columns = zip(
+            signals.ids.tolist(), selection.scores.tolist(), signals.num_tokens.tolist(), usable.tolist(), strict=True
+        )
+        lines: list[dict[str, Any]] = []
+        for index, (id_, score, tokens, can_be_chosen) in enumerate(columns):
+            line: dict[str, Any] = {"id": id_, "score": score, "tokens": tokens, "chosen": index in place}
+            if signals.source is not None:
+                line["source"] = signals.source[index]
+            if index in place:
+                line |= {"why": selection.reasons[place[index]], "weight": weights[place[index]]}
+            elif not can_be_chosen:
+                line["why"] = "not finite" if tokens else "no tokens"
+            lines.append(line)
+        self._write("selection.jsonl", {"step": step, "candidates": lines})
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples[: self.num_samples]:

@@ -20,21 +20,24 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-    definitions["SelectorConfig"] = {"anyOf": [_names("selector"), *_selectors(definitions), _external({})]}
+    keep = definitions["BatchSelectorConfig"]["properties"]["keep"]
+    definitions["SelectorConfig"] = _selectors("prompt", {}, definitions)
+    definitions["BatchSelectorConfig"] = _selectors("batch", {"keep": keep}, definitions)
     reward = definitions["RewardConfig"]
     with_options = [
         {"properties": {"name": {"const": name}, "options": _plugin("reward", name, definitions)}}
         for name in plugins.names("reward")
     ]
-    definitions["RewardConfig"] = {"anyOf": [_names("reward"), {**reward, "anyOf": [*with_options, _external({})]}]}
+    names = _names(plugins.names("reward"))
+    definitions["RewardConfig"] = {"anyOf": [names, {**reward, "anyOf": [*with_options, _external({})]}]}
     for kind, stage in (("sft", "SFTStage"), ("grpo", "GRPOStage")):
         definitions[stage]["properties"]["trainer"] = _trainer(kind)
     return schema
 
 
-def _names(kind: plugins.Kind) -> dict[str, Any]:
+def _names(names: list[str]) -> dict[str, Any]:
     """The short form: a plugin's name alone."""
-    return {"anyOf": [{"enum": plugins.names(kind)}, {"type": "string", "pattern": ":"}]}
+    return {"anyOf": [{"enum": names}, {"type": "string", "pattern": ":"}]}
 
 
 def _external(properties: dict[str, Any]) -> dict[str, Any]:
@@ -43,16 +46,16 @@ def _external(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {"name": name, **properties}, "required": ["name"]}
 
 
-def _selectors(definitions: dict[str, Any]) -> list[dict[str, Any]]:
+def _selectors(role: str, keys: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The selectors of a role, by name or as sections. keys: those that each takes beside `name` and its own."""
+    names = [name for name in plugins.names("selector") if plugins.find("selector", name).role == role]
     sections = []
-    for name in plugins.names("selector"):
-        if plugins.find("selector", name).role != "prompt":
-            continue
+    for name in names:
         section = _plugin("selector", name, definitions)
-        section["properties"] = {"name": {"const": name}, **section["properties"]}
+        section["properties"] = {"name": {"const": name}, **keys, **section["properties"]}
         section["required"] = ["name", *section.get("required", [])]
         sections.append(section)
-    return sections
+    return {"anyOf": [_names(names), *sections, _external(keys)]}
 
 
 def _plugin(kind: plugins.Kind, name: str, definitions: dict[str, Any]) -> dict[str, Any]:

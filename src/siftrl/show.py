@@ -6,11 +6,16 @@ import textwrap
 from pathlib import Path
 
 from siftrl import plugins
-from siftrl.batch_arithmetic import batch_arithmetic, world_size
+from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
 from siftrl.recipe import GRPOStage, Recipe, SFTStage
 from siftrl.recipe_checks import gym_families, gym_settings, known_rows
 
 _WIDTH = 110
+_HOW = {
+    "reward": "keys stand under `options`",
+    "selector": "keys stand beside `name`. A batch selector also takes `keep` (default 0.5):\n"
+    "a share of the rows that it is given (above 0, up to 1.0), or a number of rows over all ranks (from 1)",
+}
 
 
 def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int | None = None) -> str:
@@ -18,7 +23,10 @@ def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int 
     numbers = batch_arithmetic(stage, num_ranks or world_size(), known_rows(recipe.data_of(stage)))
     per_rank = f"{numbers.rows_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
     lines: list[tuple[str, object, str]] = []
-    if isinstance(stage, SFTStage):
+    if isinstance(stage, SFTStage) and numbers.rows_kept is not None:
+        per_rank = f"{numbers.kept_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
+        lines += [("rows read a step", numbers.rows, ""), ("rows trained on", numbers.rows_kept, _chain(stage))]
+    elif isinstance(stage, SFTStage):
         lines += [("rows a step", numbers.rows, "")]
     else:
         selector = stage.prompt_selector
@@ -43,6 +51,13 @@ def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int 
     return "\n".join([heading, *(f"  {name:<22}{value!s:>9}  {note}".rstrip() for name, value, note in lines)])
 
 
+def _chain(stage: SFTStage) -> str:
+    """What each batch selector of a step keeps: "64 -> utility_diversity 48 -> gradient_coreset 32"."""
+    kept = kept_rows(stage.rows_per_step, [selector.keep for selector in stage.batch_selectors])
+    links = [f"{selector.name} {rows}" for selector, rows in zip(stage.batch_selectors, kept, strict=True)]
+    return " -> ".join([str(stage.rows_per_step), *links])
+
+
 def plugins_text(kind: plugins.Kind) -> str:
     """Every plugin: its name, what it does, its keys with types and defaults."""
     blocks = []
@@ -50,8 +65,7 @@ def plugins_text(kind: plugins.Kind) -> str:
         plugin, options = plugins.describe(kind, name)
         role = f" ({plugin.role} selector)" if kind == "selector" else ""
         blocks.append("\n".join([f"{name}{role}", *_wrapped(plugin.summary, "  "), *_option_lines(options, "    ")]))
-    keys = "keys stand beside `name`" if kind == "selector" else "keys stand under `options`"
-    return "\n\n".join([*blocks, f"In a recipe the {keys}. Your own: name: package.module:Name"])
+    return "\n\n".join([*blocks, f"In a recipe the {_HOW[kind]}.\nYour own: name: package.module:Name"])
 
 
 def _option_lines(options: tuple[plugins.Option, ...], indent: str) -> list[str]:

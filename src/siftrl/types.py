@@ -6,6 +6,7 @@ k rows kept, T tokens, V vocabulary, d hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -121,33 +122,71 @@ class PromptSelector(Protocol):
 
 @dataclass(slots=True)
 class Signals:
-    """What is known of B rows inside a batch; a batch selector's `needs` names the fields that are computed.
+    """What is known of B rows inside a batch. `signals[Loss()]` is what a selector's `needs` asked for.
 
-    num_tokens: int64 [B], tokens that bear loss. source: B names, or None without a source column.
-    tensors: signal's name -> tensor with first dimension B.
+    num_tokens: int64 [B], tokens that bear loss. num_all_tokens: int64 [B], all tokens, the prompt's too.
+    ids: int64 [B], each row's place in the data set: its identity for the whole run.
+    source: B names (None where the row has none), or None without a source column.
+    source_sizes: rows of each source in the whole data set.
+    tensors: signal -> tensor with first dimension B, or `siftrl.gradients.RowGradients` of B rows.
     """
 
     num_tokens: Tensor
-    source: list[str] | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    num_all_tokens: Tensor | None = None
+    ids: Tensor | None = None
+    source: list[str | None] | None = None
+    source_sizes: dict[str | None, int] | None = None
+    tensors: dict[Hashable, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def __getitem__(self, signal: Hashable) -> Any:
+        return self.tensors[signal]
+
+    def subset(self, rows: Tensor) -> Signals:
+        """The rows at `rows` (int64 [b]), in that order."""
+        return Signals(
+            num_tokens=self.num_tokens[rows],
+            num_all_tokens=None if self.num_all_tokens is None else self.num_all_tokens[rows],
+            ids=None if self.ids is None else self.ids[rows],
+            source=None if self.source is None else [self.source[row] for row in rows.tolist()],
+            source_sizes=self.source_sizes,
+            tensors={signal: values[rows] for signal, values in self.tensors.items()},
+        )
 
 
 class BatchSelector(Protocol):
-    """Chooses rows inside a batch, before backward: SFT rows or GRPO completions."""
+    """Chooses rows inside a batch, before backward: SFT rows or GRPO completions.
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    Subclass it as a dataclass whose fields are its recipe keys. Every rank calls `select` with the same signals and
+    must choose the same rows: all randomness comes from `generator`, and no state may differ between ranks.
+    """
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        """The signals (of `siftrl.signals`) that are computed for it, and no others."""
+        return frozenset()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its selections carry weights other than 1."""
+        return False
 
     def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
-        """Choose `keep` of the B rows that `signals` describes."""
+        """Choose `keep` (at least 1, at most B) of the B rows that `signals` describes."""
         ...
 
     def metrics(self) -> dict[str, float]:
+        """Figures of the last step, without a prefix; the trainer logs them under `batch/`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """All that the selector learned; plain containers, numbers and tensors."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`'s answer."""
 
 
 class Reward(Protocol):

@@ -209,7 +209,7 @@ def build(
     dtype = torch.float32 if config.train == "full" else getattr(torch, config.dtype)
     path = config.model or policy.config._name_or_path
     if path:
-        with _outside_deepspeed():
+        with whole_model():
             body = AutoModel.from_pretrained(path, dtype=dtype)
         if config.model:
             tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -242,7 +242,7 @@ def _with_lora(body: PreTrainedModel, lora_rank: int) -> PreTrainedModel:
 
 
 @contextmanager
-def _outside_deepspeed() -> Iterator[None]:
+def whole_model() -> Iterator[None]:
     """Load a model whole: under ZeRO-3 transformers would shard every model it loads."""
     from transformers.integrations import deepspeed as integration
 

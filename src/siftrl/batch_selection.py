@@ -1,0 +1,106 @@
+"""From signals to micro-batches: which rows of a candidate batch are trained on, with what weight, and where.
+
+Pure functions: every rank calls them with the same signals and gets the same answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siftrl.batch_arithmetic import kept_rows
+from siftrl.types import BatchSelector, Selection, Signals
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One selector of a chain. keep: a share of the rows that it is given, or a number of rows."""
+
+    selector: BatchSelector
+    keep: float | int = 0.5
+
+
+def links(selector: BatchSelector | Sequence[tuple[BatchSelector, float | int]], keep: float | int) -> list[Link]:
+    """A selector with its `keep`, or a chain of (selector, keep) pairs, as links."""
+    if isinstance(selector, Sequence):
+        return [Link(one, its_keep) for one, its_keep in selector]
+    return [Link(selector, keep)]
+
+
+def choose(chain: Sequence[Link], signals: Signals, usable: Tensor, generator: torch.Generator) -> Selection:
+    """Let each selector of the chain choose from what the one before kept.
+
+    usable: bool [B]; the other rows are not offered to any selector. At least one must be.
+    Returns a selection among the B rows: a row's score is the last one that it was given, the weights are multiplied.
+    """
+    rows = usable.nonzero().flatten()
+    scores = torch.full((len(signals),), float("nan"))
+    probability = torch.full((len(signals),), float("nan"))
+    weights = torch.ones(len(rows))
+    reasons: tuple[str, ...] = ()
+    for link, wanted in zip(chain, kept_rows(len(signals), [link.keep for link in chain]), strict=True):
+        keep = min(wanted, len(rows))
+        selection = link.selector.select(signals.subset(rows), keep, generator)
+        _check(selection, keep, len(rows), link.selector)
+        scores[rows], probability[rows] = selection.scores.float().cpu(), selection.probability.float().cpu()
+        chosen = selection.indices.cpu()
+        rows, reasons = rows[chosen], selection.reasons
+        weights = weights[chosen] * selection.weights.float().cpu()
+    return Selection.of(rows, len(signals), weights=weights, scores=scores, probability=probability, reasons=reasons)
+
+
+def _check(selection: Selection, keep: int, num_rows: int, selector: BatchSelector) -> None:
+    """A selector of one's own is easily wrong here, and training would go wrong silently."""
+    name, weights = type(selector).__name__, selection.weights
+    # a negative index would be a row of its own here, and a row for the second time below
+    num_different = len(set(selection.indices.tolist()) & set(range(num_rows)))
+    if num_different != keep or len(selection.indices) != keep:
+        raise ValueError(
+            f"batch_selector {name}: select must return {keep} different rows of the {num_rows} that it is given, it "
+            f"returned {len(selection.indices)} ({num_different} different ones of those)"
+        )
+    lengths = [len(weights), len(selection.reasons), len(selection.scores), len(selection.probability)]
+    if lengths != [keep, keep, num_rows, num_rows]:
+        raise ValueError(
+            f"batch_selector {name}: {keep} weights and reasons, and {num_rows} scores and probabilities, go with "
+            f"{keep} of {num_rows} rows, it returned {', '.join(map(str, lengths))}; write Selection.of(...)"
+        )
+    if not selector.weighted and not torch.equal(weights, torch.ones_like(weights)):
+        raise ValueError(f"batch_selector {name}: it returned weights other than 1; set `weighted = True` in the class")
+    if not ((weights > 0) & weights.isfinite()).all():
+        raise ValueError(f"batch_selector {name}: weights must be finite and above 0")
+
+
+def deal(num_tokens: Sequence[int], num_ranks: int, num_batches: int) -> list[list[list[int]]]:
+    """Deal k rows to ranks and micro-batches: equal counts, near-equal tokens, rows of like length together.
+
+    num_tokens: for each of the k rows all of its tokens. Returns [rank][micro-batch] -> rows, as positions among the
+    k; counts differ by at most one where k does not divide, and the last ones may be empty.
+
+    Longest first: each micro-step takes the next rows in order of length, so that little is padded, and a row goes to
+    the rank with the fewest tokens so far among those with room.
+    """
+    order = sorted(range(len(num_tokens)), key=lambda row: (-num_tokens[row], row))
+    dealt: list[list[list[int]]] = [[[] for _ in range(num_batches)] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    bins = num_ranks * num_batches
+    sizes = [len(order) // bins + (index < len(order) % bins) for index in range(bins)]
+    at = 0
+    for batch in range(num_batches):
+        room = sizes[batch * num_ranks : (batch + 1) * num_ranks]
+        for row in order[at : at + sum(room)]:
+            rank = min((r for r in range(num_ranks) if room[r]), key=lambda r: (tokens[r], r))
+            dealt[rank][batch].append(row)
+            tokens[rank] += num_tokens[row]
+            room[rank] -= 1
+        at += sum(sizes[batch * num_ranks : (batch + 1) * num_ranks])
+    return dealt
+
+
+def source_counts(sources: Sequence[str | None] | None) -> dict[str | None, int] | None:
+    """Rows of each source; rows without one count under None."""
+    return None if sources is None else dict(Counter(sources))
