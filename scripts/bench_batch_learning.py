@@ -34,25 +34,27 @@ ARMS: dict[str, list[tuple[str, dict[str, Any], float | int]]] = {
 }
 FULL = "full batch"
 FAMILIES: dict[str, tuple[float, dict[str, Any], Callable[[dict[str, Any]], str]]] = {
-    "chain_sum": (
-        0.6,
-        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "products": (
+        0.5,
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
         lambda m: m["expression"].replace(" ", "") + "=",
     ),
-    "spell_backward": (0.25, {"min_word_len": 3, "max_word_len": 8}, lambda m: f"back {m['word']}:"),
-    "letter_counting": (
-        0.135,
-        {"min_words": 2, "max_words": 4},
-        lambda m: f"count {m['target_letter']} in {' '.join(m['span'])}:",
+    "spell_backward": (0.25, {"min_word_len": 3, "max_word_len": 7}, lambda m: f"back {m['word']}:"),
+    "chain_sum": (
+        0.235,
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        lambda m: m["expression"].replace(" ", "") + "=",
     ),
     "number_sorting": (
         0.015,
-        {"min_numbers": 3, "max_numbers": 4, "min_decimals": 0, "max_decimals": 0, "min_value": 0, "max_value": 99},
+        {"min_numbers": 3, "max_numbers": 3, "min_decimals": 0, "max_decimals": 0, "min_value": 0, "max_value": 99},
         lambda m: f"sort {m['direction'][:4]} {' '.join(str(int(float(n))) for n in m['original_numbers'])}:",
     ),
 }
 """Family -> (share of the rows, settings, the prompt made of a row's metadata): short prompts for a small model."""
 SMALL = "number_sorting"
+CLOSED = ("products",)
+"""Families with so few different questions (100) that held-out rows cannot be kept out of the training set."""
 
 
 def make_rows(size: int, seed: int, exclude: frozenset[str], shares: dict[str, float]) -> list[dict[str, str]]:
@@ -85,7 +87,7 @@ def run_command(args: argparse.Namespace) -> int:
 
     equal = {name: 1.0 for name in FAMILIES}
     held_out = make_rows(args.eval_size, 10_001, frozenset(), equal)
-    known = frozenset(row["question"] for row in held_out)
+    known = frozenset(row["question"] for row in held_out if row["source"] not in CLOSED)
     shares = {name: share for name, (share, _, _) in FAMILIES.items()}
     rows = make_rows(args.rows, 1, known, shares)
     start = args.out / f"start-{args.seed}-{args.job}"
@@ -199,7 +201,7 @@ def learn_command(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "hardware.json").write_text(json.dumps(hardware()))
     jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    shares = [cores()[index :: args.jobs] for index in range(args.jobs)]
+    shares = [cores()[index :: args.jobs] or cores() for index in range(args.jobs)]
     waiting = [job for job in jobs if not (args.out / f"{_job(*job)}.json").exists()]
     print(f"{len(waiting)} of {len(jobs)} runs to do, {args.jobs} at a time", flush=True)
     running: dict[int, tuple[subprocess.Popen[str], str]] = {}
@@ -301,34 +303,24 @@ def render(runs: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         heads = [f"{name} ({100 * FAMILIES[name][0]:g} %)" for name in families]
         parts.append(f"{text} by family, at the end:\n\n" + table(["arm", *heads], rows))
     if FULL in arms:
-        parts.append(_against_full(arms))
+        ends = {arm: mean_curve(mine)[-1]["loss_mixture"] for arm, mine in arms.items()}
+        parts.append(_against_full(arms, ends[FULL], "the full batch's held-out loss at its end"))
+        level = max(ends.values())
+        parts.append(_against_full(arms, level, "the held-out loss that every arm reached"))
     return "\n\n".join(parts) + "\n"
 
 
-def _against_full(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """What each arm needs to reach the loss of the full batch at its end, as a share of what that spent."""
-    whole = {run["seed"]: run["points"] for run in arms[FULL]}
-    full = mean_curve(arms[FULL])
-    rows = []
+def _against_full(arms: dict[str, list[dict[str, Any]]], level: float, what: str) -> str:
+    """What each arm's mean curve needs to come to a loss for good, as a share of all that the full batch spent."""
+    whole, rows = mean_curve(arms[FULL])[-1], []
     for arm, mine in arms.items():
-        row: list[Any] = [arm]
-        for cost in ("seconds", "tokens"):
-            found = cost_to_reach(mean_curve(mine), full[-1]["loss_mixture"], cost)
-            row.append(_share(found, full[-1][cost]))
-            by_seed = [
-                _share(
-                    cost_to_reach(run["points"], whole[run["seed"]][-1]["loss_mixture"], cost),
-                    whole[run["seed"]][-1][cost],
-                )
-                for run in mine
-                if run["seed"] in whole
-            ]
-            row.append(", ".join(by_seed))
-        rows.append(row)
-    heading = ["arm", "seconds, mean curve", "seconds, by seed", "tokens, mean curve", "tokens, by seed"]
+        curve = mean_curve(mine)
+        shares = [_share(cost_to_reach(curve, level, cost), whole[cost]) for cost in ("seconds", "tokens", "step")]
+        rows.append([arm, *shares])
+    heading = ["arm", "seconds", "tokens trained", "steps"]
     return (
-        f"Cost to reach {full[-1]['loss_mixture']:.4f}, the full batch's held-out loss at its end, as a share of all "
-        "that the full batch spent:\n\n" + table(heading, rows)
+        f"Cost to come to {level:.3f}, {what}, on the mean curve, as a share of all that the full batch spent:\n\n"
+        + table(heading, rows)
     )
 
 
@@ -399,12 +391,12 @@ def main(arguments: list[str] | None = None) -> int:
     for sub in (learn, run):
         sub.add_argument("--rows", type=int, default=20_000, help="rows of the training set")
         sub.add_argument("--batch", type=int, default=128, help="candidate rows of a step")
-        sub.add_argument("--steps", type=int, default=800)
+        sub.add_argument("--steps", type=int, default=200)
         sub.add_argument("--lr", type=float, default=2e-3)
-        sub.add_argument("--width", type=int, default=128)
-        sub.add_argument("--layers", type=int, default=4)
-        sub.add_argument("--eval-every", type=int, default=50)
-        sub.add_argument("--eval-size", type=int, default=1024, help="held-out rows, the same number of each family")
+        sub.add_argument("--width", type=int, default=96)
+        sub.add_argument("--layers", type=int, default=3)
+        sub.add_argument("--eval-every", type=int, default=20)
+        sub.add_argument("--eval-size", type=int, default=512, help="held-out rows, the same number of each family")
     learn.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     learn.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     learn.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from siftrl.gradients import RowGradients
 
 OURS = {"estimate": "exact", "shared": False, "weights": "clusters"}
-"""What null stands for."""
+"""What null stands for; with spsa the weights are "none"."""
 PUBLISHED = {"estimate": "spsa", "shared": True, "weights": "none", "perturbations": 1, "history": True}
 """What the paper's variant fixes."""
 
@@ -52,7 +52,7 @@ class GradientCoreset(BatchSelector):
     beta1, beta2, eps: Adam's, for the comparison only.
     history: compare what Adam would make of the gradients, given those of the rows kept so far; false: the gradients.
     weights: "clusters": a kept row weighs as much as the rows that it stands for, by their tokens; "none": all kept
-        rows weigh the same. null: clusters, with `paper` none.
+        rows weigh the same. null: clusters for exact gradients, none for spsa, whose clusters are too noisy to weigh.
     paper: the published variant: spsa with one shared direction, no weights, history of large sources only.
     """
 
@@ -151,6 +151,8 @@ class GradientCoreset(BatchSelector):
     def _setting(self, name: str) -> Any:
         """A field's value, or what null stands for."""
         given = getattr(self, name)
+        if given is None and name == "weights" and self._setting("estimate") == "spsa":
+            return "none"
         return (PUBLISHED if self.paper else OURS)[name] if given is None else given
 
     def _small_sources(self, signals: Signals) -> set[str | None]:

@@ -16,6 +16,7 @@ import torch
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_batch_learning  # noqa: E402
 import bench_coreset  # noqa: E402
 import bench_score  # noqa: E402
 
@@ -175,3 +176,47 @@ def test_coreset_judges_every_method_early_and_late(tmp_path: Path) -> None:
     late = {one["method"]: one["batches"] for one in raw["phases"][1]["quality"]}["uniform"]
     row = [row for row in cells if row[0] == "uniform"][1]
     assert row[2].startswith(f"{(late[0]['cosine'] + late[1]['cosine']) / 2:.3f} ± ")
+
+
+def learnt(arm: str, losses: list[float], seconds: float) -> dict[str, Any]:
+    """A run of `bench_batch_learning.py` with a point every 10 steps."""
+    points = []
+    for index, loss in enumerate(losses):
+        by_source = dict.fromkeys(bench_batch_learning.FAMILIES, loss)
+        point = {"step": 10 * index, "seconds": seconds * index, "tokens": 100 * index, "loss": by_source}
+        point |= {"accuracy": by_source, "loss_mixture": loss, "accuracy_mixture": loss}
+        points.append(point | {"loss_mean": loss, "accuracy_mean": loss})
+    return {"arm": arm, "seed": 0, "points": points, "selection": None}
+
+
+def test_learning_is_measured_against_what_the_full_batch_spent() -> None:
+    full, other = learnt("full batch", [4, 3, 2, 1], 2.0), learnt("uniform", [4, 2, 2.5, 1.5], 1.0)
+    cost = bench_batch_learning.cost_to_reach
+    assert cost(other["points"], 1.75, "seconds") == pytest.approx(2.75)
+    assert cost(other["points"], 2.25, "tokens") == pytest.approx(225)  # below it once before, but not for good
+    assert cost(other["points"], 1.0, "step") is None and cost(other["points"], 4.5, "step") == 0
+    facts = {"cpu": "c", "cores": 2, "torch_threads": 1, "gpus": [], "load_before": 0.0, "versions": {}}
+    text = bench_batch_learning.render([full, other], facts)
+    assert "| uniform | never | never | never |" in text  # the full batch's end
+    # 1.5, the level that both reach: the full batch after 25 of its 30 steps, uniform at its end
+    assert "| full batch | 0.83 | 0.83 | 0.83 |" in text and "| uniform | 0.50 | 1.00 | 1.00 |" in text
+
+
+@pytest.mark.slow
+def test_learning_trains_an_arm_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    options = ["--out", str(tmp_path), "--seeds", "0", "--arms", "full batch", "both", "--jobs", "2", "--steps", "4"]
+    options += ["--eval-every", "2", "--rows", "400", "--batch", "16", "--width", "32", "--eval-size", "16"]
+    command = [sys.executable, str(SCRIPTS / "bench_batch_learning.py"), "learn", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stderr[-3000:]}\n" + "".join(
+        p.read_text()[-2000:] for p in tmp_path.glob("*.log")
+    )
+    both = json.loads((tmp_path / "both-0.json").read_text())
+    assert [point["step"] for point in both["points"]] == [0, 2, 4]
+    assert both["selection"]["rows_read"] == 64 and both["selection"]["rows_trained"] == 32
+    assert (tmp_path / "learning.png").stat().st_size > 1000 and "| both | 1 |" in (
+        tmp_path / "learning.md"
+    ).read_text()
+    before = (tmp_path / "both-0.json").stat().st_mtime_ns
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert (tmp_path / "both-0.json").stat().st_mtime_ns == before

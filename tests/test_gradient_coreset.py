@@ -359,3 +359,10 @@ def test_recipe_keys():
     assert plugins.load("selector", "gradient_coreset", {"small": 0.2}).small == 0.2
     with pytest.raises(plugins.PluginError):
         plugins.load("selector", "gradient_coreset", {"small": 1.5})
+
+
+def test_noisy_gradients_are_not_weighed_by_default():
+    assert GradientCoreset().weighted and not GradientCoreset(estimate="spsa").weighted
+    assert (
+        GradientCoreset(estimate="spsa", weights="clusters").weighted and not GradientCoreset(weights="none").weighted
+    )
