@@ -97,9 +97,9 @@ METHODS: dict[str, Callable[[], BatchSelector]] = {
     "exact, none": _coreset(weights="none"),
     "exact, clusters, no history": _coreset(history=False),
     "exact, none, no history": _coreset(weights="none", history=False),
-    "spsa, 1 a row, clusters": _coreset(estimate="spsa"),
+    "spsa, 1 a row, clusters": _coreset(estimate="spsa", weights="clusters"),
     "spsa, 1 a row, none": _coreset(estimate="spsa", weights="none"),
-    "spsa, 8 a row, clusters": _coreset(estimate="spsa", perturbations=8),
+    "spsa, 8 a row, clusters": _coreset(estimate="spsa", perturbations=8, weights="clusters"),
     "spsa, 8 a row, none": _coreset(estimate="spsa", perturbations=8, weights="none"),
     "paper: true": _coreset(paper=True),
 }

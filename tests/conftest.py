@@ -41,27 +41,28 @@ def digit_share(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
+SMALL_RUN: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 7,
+}
+"""What the trainers' settings share: 16 rows a step in 2 micro-batches, on a CPU."""
+
+
 def grpo_args(folder: Path, **changes: Any) -> Any:
     """A small CPU GRPOConfig: 4 prompts x 4 completions in 2 micro-batches, one optimizer step a rollout."""
     from trl import GRPOConfig
 
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 7,
-    }
+    options = SMALL_RUN | {"output_dir": str(folder), "num_generations": 4, "max_completion_length": 6}
     return GRPOConfig(**(options | changes))
 
 
@@ -83,20 +84,5 @@ def sft_args(folder: Path, **changes: Any) -> Any:
     """A small CPU SFTConfig: 16 rows a step in micro-batches of 8."""
     from trl import SFTConfig
 
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 7,
-    }
+    options = SMALL_RUN | {"output_dir": str(folder), "lr_scheduler_type": "constant"}
     return SFTConfig(**(options | changes))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from siftrl.batch_selection import Link, choose, deal, links, source_counts
+from siftrl.batch_selection import Link, choose, deal, links
 from siftrl.gradients import Dense, RowGradients
 from siftrl.recipe_text import RecipeError
 from siftrl.types import BatchSelector, Selection, Signals
@@ -286,8 +286,3 @@ def test_little_is_padded() -> None:
     rng.shuffle(shuffled)
     at_random = [[shuffled[start : start + 8] for start in range(rank * 128, rank * 128 + 128, 8)] for rank in (0, 1)]
     assert padded(deal(lengths, 2, 16), lengths) < padded(at_random, lengths) / 6
-
-
-def test_source_counts() -> None:
-    assert source_counts(["a", None, "b", "a", None, "a"]) == {"a": 3, None: 2, "b": 1}
-    assert source_counts(None) is None

@@ -5,7 +5,7 @@ Pure functions: every rank calls them with the same signals and gets the same an
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,18 +89,24 @@ def deal(num_tokens: Sequence[int], num_ranks: int, num_batches: int) -> list[li
     tokens = [0] * num_ranks
     bins = num_ranks * num_batches
     sizes = [len(order) // bins + (index < len(order) % bins) for index in range(bins)]
-    at = 0
+    waiting = iter(order)
     for batch in range(num_batches):
         room = sizes[batch * num_ranks : (batch + 1) * num_ranks]
-        for row in order[at : at + sum(room)]:
+        for row in itertools.islice(waiting, sum(room)):
             rank = min((r for r in range(num_ranks) if room[r]), key=lambda r: (tokens[r], r))
             dealt[rank][batch].append(row)
             tokens[rank] += num_tokens[row]
             room[rank] -= 1
-        at += sum(sizes[batch * num_ranks : (batch + 1) * num_ranks])
     return dealt
 
 
-def source_counts(sources: Sequence[str | None] | None) -> dict[str | None, int] | None:
-    """Rows of each source; rows without one count under None."""
-    return None if sources is None else dict(Counter(sources))
+def token_weights(weights: Tensor, lengths: Sequence[int], input_ids: Tensor) -> Tensor:
+    """float32, shaped like the log-probabilities of `input_ids`' next tokens: each token's row's weight.
+
+    weights: float32 [n]. lengths: the n rows' tokens. input_ids: [n, T], or [1, T] where all rows are in one sequence.
+    """
+    if len(input_ids) == len(weights):
+        return weights[:, None].expand(-1, input_ids.shape[1] - 1)
+    flat = torch.ones(input_ids.shape[1])
+    flat[: sum(lengths)] = weights.repeat_interleave(torch.tensor(lengths))
+    return flat[None, 1:]

@@ -337,7 +337,7 @@ def _run(base: Any, watched: Sequence[nn.Module]) -> _Probe:
         calls[module].append((args, output))
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluation_mode(base))
+        stack.enter_context(evaluation_mode(base))
         for module in watched:
             stack.enter_context(module.register_forward_hook(record))
         output = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True)
@@ -345,8 +345,9 @@ def _run(base: Any, watched: Sequence[nn.Module]) -> _Probe:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Flags are set one by one: train() and eval() would undo a caller's mixture, and some modules override them."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and afterwards as it was. Flags are set one by one: train() and eval() would undo a caller's
+    mixture, and some modules override them."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:

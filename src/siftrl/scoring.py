@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from siftrl import distributed, logits
 from siftrl.gradients import Perturbed, RowGradient, RowGradients, direction, factored
-from siftrl.parts import PartNames, Parts, find_parts
+from siftrl.parts import BY_STRUCTURE, PartNames, Parts, evaluation_mode, find_parts
 from siftrl.signals import Embedding, ReferenceLoss, Signal, ValueGradient
 from siftrl.value import whole_model
 
@@ -48,12 +48,12 @@ class Scorer:
         micro_batch_size: int,
         device: torch.device,
         precision: Callable[[], AbstractContextManager[Any]],
-        names: PartNames | None = None,
+        names: PartNames = BY_STRUCTURE,
     ) -> None:
         self.model, self.collate = model, collate
         self.needs = sorted(needs, key=repr)  # one order on all ranks: what follows are collectives
         self.micro_batch_size, self.device, self.precision = micro_batch_size, device, precision
-        self.names = names or PartNames()
+        self.names = names
         self.takes_output = any(signal.takes_output for signal in self.needs)
         self.gradients = [signal for signal in self.needs if isinstance(signal, ValueGradient)]
         self.backward = any(signal.estimate == "exact" for signal in self.gradients)
@@ -141,11 +141,11 @@ class ScoredBatch:
     def output(self) -> Any:
         """The fused head's answer: log_probs and entropy, float [B, T - 1], zero where no token bears loss."""
         with ExitStack() as hooks:
-            hooks.enter_context(_after(self.parts.decoder, self._keep_hidden))
+            hooks.enter_context(self.parts.decoder.register_forward_hook(self._keep_hidden))
             if self.scorer.gradients:
-                hooks.enter_context(_before(self.parts.block, self._enter_block))
+                hooks.enter_context(self.parts.block.register_forward_pre_hook(self._enter_block, with_kwargs=True))
                 for index, site in enumerate(self.parts.sites):
-                    hooks.enter_context(_after(site.module, functools.partial(self._keep_site, index)))
+                    hooks.enter_context(site.module.register_forward_hook(functools.partial(self._keep_site, index)))
             return self.scorer.forward(self.inputs, self.labels)
 
     @functools.cached_property
@@ -232,7 +232,7 @@ class ScoredBatch:
     def _moved_losses(self, along: list[tuple[Tensor, ...]], epsilon: float) -> Tensor:
         """float32 [B]: the losses with row b's matrices moved by epsilon * along[b]."""
 
-        def move(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> Tensor:
+        def move(index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             z = torch.stack([matrices[index] for matrices in along]).to(output)
             shift = epsilon * torch.bmm(args[0].to(z).flatten(1, -2), z.transpose(1, 2))
             shift = shift.view(*output.shape[:-1], -1)
@@ -242,22 +242,21 @@ class ScoredBatch:
         moved = ScoredBatch(self.scorer, self.inputs | {"labels": self.labels}, self.rows, self.ids)
         with ExitStack() as hooks:
             hooks.enter_context(_only_last_block(self.parts))
-            hooks.enter_context(_before(self.parts.block, lambda module, args, kwargs: self._block_input))
+            replay = self.parts.block.register_forward_pre_hook(lambda *_: self._block_input, with_kwargs=True)
+            hooks.enter_context(replay)
             for index, site in enumerate(self.parts.sites):
-                hooks.enter_context(_after(site.module, functools.partial(move, index)))
+                hooks.enter_context(site.module.register_forward_hook(functools.partial(move, index)))
             moved.__dict__["output"] = self.scorer.forward(self.inputs, self.labels)
         return moved.losses.detach()
 
-    def _keep_hidden(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _keep_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state.detach()
 
     def _enter_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._block_input = args, kwargs
         torch.set_grad_enabled(self.scorer.backward)
 
-    def _keep_site(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor
-    ) -> Tensor | None:
+    def _keep_site(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         is_first = torch.is_grad_enabled() and not output.requires_grad
         if is_first:
             output.requires_grad_()
@@ -338,25 +337,7 @@ class Reference:
         return torch.tensor([self.known[row] for row in batch.ids])
 
 
-# ----------------------------------------------------------------------------------------------------------- hooks
-
-
-@contextmanager
-def _before(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+# ---------------------------------------------------------------------------------------- the model while it is scored
 
 
 @contextmanager
@@ -373,15 +354,12 @@ def _only_last_block(parts: Parts) -> Iterator[None]:
 @contextmanager
 def _inference(model: nn.Module, parts: Parts) -> Iterator[None]:
     """Dropout off, and no weight of the last block or the head asks for a gradient; restored afterwards."""
-    training = [module for module in model.modules() if module.training]
     trained = {p: None for part in (parts.block, parts.head) for p in part.parameters() if p.requires_grad}
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
+    with evaluation_mode(model):
         for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

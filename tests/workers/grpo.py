@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
 import conftest
-import torch
 from datasets import Dataset
-
-from siftrl import distributed
-from siftrl.deepspeed_config import deepspeed_config
-from siftrl.recipe import DistributionConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--deepspeed", default=None)
+    parser = common.parser(steps=4)
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--body", default="own")
     parser.add_argument("--selector", default="prompt_curriculum")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--micro", type=int, required=True)
-    parser.add_argument("--checkpoint-at", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--local_rank", type=int, default=-1)
     args = parser.parse_args()
-
-    config = None
-    if args.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
-        config = deepspeed_config(SimpleNamespace(distribution=DistributionConfig(deepspeed=args.deepspeed)), cpu=True)
+    config = common.open_group(args.deepspeed)
 
     from siftrl import plugins
     from siftrl.rollout import Sampling
@@ -78,19 +57,13 @@ def main() -> None:
     if trainer.value_model is not None:
         value_sum = sum(p.detach().double().sum().item() for p in trainer.value_model.parameters())
     report = {
-        "rank": distributed.rank(),
-        "world": distributed.world_size(),
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
         "drift": [entry["engine/logprob_drift"] for entry in history if "engine/logprob_drift" in entry],
         "value_loss": [entry["value/loss"] for entry in history if "value/loss" in entry],
         "value_sum": value_sum,
         "rollouts": trainer.rollouts,
         "evaluation": evaluation,
     }
-    (args.out / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    common.finish(args.out, trainer, report)
 
 
 if __name__ == "__main__":

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
 import conftest
-import torch
-
-from siftrl import distributed
-from siftrl.deepspeed_config import deepspeed_config
-from siftrl.recipe import DistributionConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--deepspeed", default=None)
+    parser = common.parser(steps=3)
     parser.add_argument("--chain", required=True, help="JSON: a list of [selector's name, its options, keep]")
-    parser.add_argument("--micro", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--checkpoint-at", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--local_rank", type=int, default=-1)
     args = parser.parse_args()
-
-    distributed.open_group(deepspeed=args.deepspeed is not None)
-    config = None
-    if args.deepspeed:
-        config = deepspeed_config(SimpleNamespace(distribution=DistributionConfig(deepspeed=args.deepspeed)), cpu=True)
+    config = common.open_group(args.deepspeed)
 
     from peft import LoraConfig
 
@@ -62,18 +44,8 @@ def main() -> None:
         scoring_batch_size=3,
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
-    history = trainer.state.log_history
-    report = {
-        "rank": distributed.rank(),
-        "world": distributed.world_size(),
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "tokens": trainer.sift_summary()["tokens"],
-        "selection": trainer.sift_summary()["selection"],
-    }
-    (args.out / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    summary = trainer.sift_summary()
+    common.finish(args.out, trainer, {"tokens": summary["tokens"], "selection": summary["selection"]})
 
 
 if __name__ == "__main__":

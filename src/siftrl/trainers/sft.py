@@ -9,6 +9,7 @@ Without a selector every hook below hands over to TRL unchanged, and the losses 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from siftrl import batch_selection, distributed, plugins, state
 from siftrl.batch_arithmetic import kept_rows
-from siftrl.parts import PartNames
+from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.run import Recorder
 from siftrl.scoring import Rows, Scorer
 from siftrl.trainers.base import SiftMixin
@@ -65,27 +66,25 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
         candidates: int | None = None,
         source_column: str | None = None,
         scoring_batch_size: int | None = None,
-        parts: PartNames | None = None,
+        parts: PartNames = BY_STRUCTURE,
         recorder: Recorder | None = None,
         **kwargs: Any,
     ) -> None:
         self.chain = [] if batch_selector is None else batch_selection.links(batch_selector, keep)
-        packing = False
+        wanted = args or SFTConfig()
         if self.chain:
-            args = args or SFTConfig()
-            _check(self.chain, args, kwargs.get("compute_loss_func"))
-            self.rows_read_per_step = candidates or _rows_per_step(args)
-            packing = getattr(args, "packing", False)
-            scoring_batch_size = scoring_batch_size or args.per_device_train_batch_size
-            args = _for_kept_rows(args, self.chain, self.rows_read_per_step)
+            _check(self.chain, wanted, kwargs.get("compute_loss_func"))
+            self.rows_read_per_step = candidates or _rows_per_step(wanted)
+            args = _for_kept_rows(wanted, self.chain, self.rows_read_per_step)
         super().__init__(model, args, *positional, **kwargs)
         self._init_sift(recorder)
         self.rows_read = self.rows_trained = 0
         if self.chain:
-            self._set_up_selection(packing, source_column, scoring_batch_size, parts)
+            rows = scoring_batch_size or wanted.per_device_train_batch_size
+            self._set_up_selection(getattr(wanted, "packing", False), source_column, rows, parts)
 
     def _set_up_selection(
-        self, packing: bool, source_column: str | None, scoring_batch_size: int | None, parts: PartNames | None
+        self, packing: bool, source_column: str | None, scoring_batch_size: int, parts: PartNames
     ) -> None:
         data, collator = self.train_dataset, self.data_collator
         if not isinstance(data, Dataset):
@@ -99,14 +98,13 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
             )
         if packing:  # TRL packs the data set before training; here the kept rows of a step are packed
             self.padding_free = collator.padding_free = True
-        self._scoring_collator = dataclasses.replace(collator, padding_free=False)
         self._columns = data.select_columns([name for name in ("input_ids", "labels") if name in data.column_names])
         self._sources: list[str | None] | None = None
         if source_column is not None:
             if source_column not in data.column_names:
                 raise ValueError(f"source_column: there is no column {source_column!r} in the training data")
             self._sources = [None if value is None else str(value) for value in data[source_column]]
-        self._source_sizes = batch_selection.source_counts(self._sources)
+        self._source_sizes = None if self._sources is None else dict(Counter(self._sources))
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), "sft")
         self.row_stream = state.PromptStream(len(data), self.args.seed)
@@ -114,8 +112,8 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
         self.scorer = Scorer(
             self.model,
             frozenset().union(*(link.selector.needs for link in self.chain)),
-            self._scoring_collator,
-            micro_batch_size=scoring_batch_size or self.args.per_device_train_batch_size,
+            dataclasses.replace(collator, padding_free=False),
+            micro_batch_size=scoring_batch_size,
             device=self.accelerator.device,
             precision=self.accelerator.autocast,
             names=parts,
@@ -184,14 +182,12 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
                 "completions, max_length and completion_only_loss"
             )
         if not usable.any():
+            names = " or ".join(type(signal).__name__ for signal in self.scorer.needs)
             raise FloatingPointError(
-                f"step {step}: every candidate row has a NaN or infinite {' or '.join(self._signal_names())}: the "
+                f"step {step}: every candidate row has a NaN or infinite {names}: the "
                 "model diverged, or the data breaks it; lower learning_rate. The last checkpoint is untouched"
             )
         return rows, signals, usable
-
-    def _signal_names(self) -> list[str]:
-        return [type(signal).__name__ for signal in self.scorer.needs]
 
     def _micro_batches(
         self, rows: Rows, signals: Signals, selection: Selection, num_batches: int
@@ -210,7 +206,8 @@ class SFTTrainer(SiftMixin, TRLSFTTrainer):
             padded += batch["input_ids"].numel()
             if self._is_weighted:
                 weights = selection.weights[places] if places else torch.ones(1)
-                batch["token_weights"] = _token_weights(weights, kept, batch["input_ids"])
+                kept_lengths = [len(row["input_ids"]) for row in kept]
+                batch["token_weights"] = batch_selection.token_weights(weights, kept_lengths, batch["input_ids"])
             batches.append(batch)
         counts = torch.tensor([float(padded), float(sum(lengths)) / distributed.world_size()])
         distributed.sum_([counts])
@@ -348,13 +345,8 @@ def _check(chain: list[batch_selection.Link], args: Any, compute_loss_func: Any)
     for link in chain:
         if dataclasses.is_dataclass(link.selector):
             plugins.check(link.selector)
-    refused = {
-        "group_by_length": "the order of rows is the selector's; remove it",
-        "auto_find_batch_size": "a batch's size is part of what is chosen; set per_device_train_batch_size",
-    }
-    for name, reason in refused.items():
-        if getattr(args, name, False):
-            raise ValueError(f"{name} does not work with batch_selector: {reason}")
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
     if getattr(args, "train_sampling_strategy", "random") != "random":
         raise ValueError("train_sampling_strategy does not work with batch_selector: the order of rows is its own")
     if not args.average_tokens_across_devices and args.world_size > 1:
@@ -367,16 +359,6 @@ def _check(chain: list[batch_selection.Link], args: Any, compute_loss_func: Any)
             f"{weighted[0]} weights its rows, which loss_type dft, label smoothing and a compute_loss_func cannot; "
             "remove those, or write `weights: none` for the selector"
         )
-
-
-def _token_weights(weights: Tensor, rows: Rows, input_ids: Tensor) -> Tensor:
-    """float32, shaped like the log-probabilities of `input_ids`' next tokens: each token's row's weight."""
-    if len(input_ids) == len(rows):
-        return weights[:, None].expand(-1, input_ids.shape[1] - 1)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # all in one sequence
-    flat = torch.ones(input_ids.shape[1])
-    flat[: int(lengths.sum())] = weights.repeat_interleave(lengths)
-    return flat[None, 1:]
 
 
 def _name(selector: BatchSelector) -> str:
