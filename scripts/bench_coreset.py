@@ -15,6 +15,7 @@ import heapq
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +296,7 @@ def _score(
         num_all_tokens=torch.tensor([len(row["input_ids"]) for row in rows]),
         ids=torch.tensor(list(ids)),
         source=[mixture.sources[i] for i in ids],
-        source_sizes=batch_selection.source_counts(mixture.sources),
+        source_sizes=dict(Counter(mixture.sources)),
     )
     seconds: dict[str, float] = {}
     for name, scorer in scorers.items():
