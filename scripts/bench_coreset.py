@@ -205,7 +205,7 @@ def _quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
     return {
         "parameters": sum(p.numel() for p in mixture.model.parameters()),
-        "rows": dict(batch_selection.source_counts(mixture.sources) or {}),
+        "rows": dict(Counter(mixture.sources)),
         "phases": phases,
     }
 
