@@ -145,6 +145,7 @@ def test_score_times_both_ways_and_finds_the_same_scores(tmp_path: Path) -> None
     ]
     for case in raw["cases"]:
         assert case["norm_difference"] < 1e-5 and case["embedding_difference"] < 1e-5
+        assert max(case["against_float64"].values()) < 1e-5
         seconds = case["seconds"]
         assert len(seconds["siftrl"]) == len(seconds["direct"]) == 3
         pairs = zip(seconds["siftrl"], seconds["siftrl, frozen head"], strict=True)
