@@ -80,6 +80,11 @@ def test_completions_end_at_eos(engine: TransformersEngine) -> None:
     assert all(len(ids) <= 40 for ids in completions)
 
 
+def test_transformers_decodes_all_rows_side_by_side_and_shares_no_prompt(engine: TransformersEngine) -> None:
+    completions = engine.generate(tokens(engine, "1+1=", "1+1=", "7+0="), Sampling(2, temperature=0.0))
+    assert (completions.slots, completions.prompt_tokens_cached) == (3, None)
+
+
 def test_a_sleeping_engine_gets_its_weights_once_for_all_calls_that_belong_together() -> None:
     """Sleep mode needs a GPU; this is the order of its calls. The trainer's sync, its probe, then the rollouts."""
     calls: list[str] = []
@@ -120,8 +125,11 @@ def test_vllm_draws_what_transformers_would(tiny_model: str, engine: Transformer
     # a step takes 64 tokens: the long prompts below come in turns, and none may be split
     vllm: Any = VLLMEngine.from_path(tiny_model, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=64)
     long = tokens(engine, *["1+1=" * 9] * 20)
-    turns = [vllm.generate(long, Sampling(6), row_seeds(1, rows=range(20))).ids for _ in range(2)]
-    assert turns[0] == turns[1] and len(set(map(tuple, turns[0]))) > 10
+    turns = [vllm.generate(long, Sampling(6), row_seeds(1, rows=range(20))) for _ in range(2)]
+    assert turns[0].ids == turns[1].ids and len(set(map(tuple, turns[0].ids))) > 10
+    # 36 tokens: one block of 32, which the first copy computes, the others find, and the second call finds throughout
+    assert [turn.prompt_tokens_cached for turn in turns] == [19 * 32, 20 * 32]
+    assert turns[0].slots == 64
     prompts = tokens(engine, "1+1=", "12+3=", "7+0=")
     greedy = Sampling(6, temperature=0.0)
     assert vllm.generate(prompts, greedy).ids == engine.generate(prompts, greedy).ids

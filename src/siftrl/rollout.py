@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -64,10 +64,17 @@ class RolloutOptions:
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """Token ids of each completion (with its EOS, if it came to one), and their log-probabilities where known."""
+    """Token ids of each completion (with its EOS, if it came to one), and their log-probabilities where known.
+
+    prompt_tokens_cached: prompt tokens over all prompts that were not computed, since an earlier prompt (of this call,
+        or of one since the last weight sync) began with the same blocks of tokens; None where the engine does not say.
+    slots: how many completions the engine decodes side by side at most; None where it is not known.
+    """
 
     ids: list[list[int]]
     logprobs: list[list[float | None]] | None = None
+    prompt_tokens_cached: int | None = None
+    slots: int | None = None
 
 
 class Engine(Protocol):
@@ -78,7 +85,7 @@ class Engine(Protocol):
     ) -> Completions: ...
 
 
-def row_seeds(*key: int, rows: range) -> list[int]:
+def row_seeds(*key: int, rows: Iterable[int]) -> list[int]:
     """One 62-bit seed for each global row, from the run's seed, the rollout's number and the like."""
     return [int.from_bytes(hashlib.blake2b(repr((*key, row)).encode(), digest_size=8).digest()) >> 2 for row in rows]
 
@@ -172,7 +179,9 @@ class TransformersEngine:
             )
         finally:
             self.model.train(was_training)
-        return Completions([_until_eos(row, set(self.eos_ids)) for row in rows[:, width:].tolist()])
+        return Completions(
+            [_until_eos(row, set(self.eos_ids)) for row in rows[:, width:].tolist()], slots=len(prompt_ids)
+        )
 
 
 def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
@@ -188,7 +197,12 @@ def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
 def vllm_generate(
     llm: LLM, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None, **options: Any
 ) -> Completions:
-    """One completion a prompt from an in-process vLLM; `options` go to its SamplingParams."""
+    """One completion a prompt from an in-process vLLM; `options` go to its SamplingParams.
+
+    Prompts start in the order given. Copies of a prompt compute the blocks of tokens that lie before its last token
+    once, in whatever order they come: vLLM registers a block as soon as it is scheduled, so copies share it even
+    within one of its steps.
+    """
     from vllm import SamplingParams
 
     common = asdict(sampling) | {"logprobs": 0} | options
@@ -200,6 +214,8 @@ def vllm_generate(
     return Completions(
         ids=[list(output.outputs[0].token_ids) for output in outputs],
         logprobs=None if logprobs is None else [[token[0] for token in row] for row in logprobs],
+        prompt_tokens_cached=sum(output.num_cached_tokens or 0 for output in outputs),
+        slots=llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
     )
 
 
@@ -231,10 +247,11 @@ def prepare_cpu_vllm() -> None:
 def cpu_engine_args() -> dict[str, Any]:
     """vLLM arguments that CPUs need: graphs are captured on GPUs only, float32 is what the trainer computes in, and a
     seeded request whose prompt is split over steps fails (vLLM 0.31 turns back a generator's offset, which CPU
-    generators do not have), so prompts are never split."""
+    generators do not have), so prompts are never split. Completions of one prompt share the cache of its full blocks
+    only, and vLLM's 128 tokens a block on CPUs leave most prompts without any: 32 is the smallest its kernels take."""
     if torch.cuda.is_available():
         return {}
-    return {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+    return {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False, "block_size": 32}
 
 
 class ColocatedVLLM(VLLMGeneration):
