@@ -9,7 +9,8 @@ are kept, greedily maximising sum_i max_{j in S} (max distance - |x_i - x_j|_1).
 `paper: true`, with the small sources' names in `small`.
 
 Added here: exact gradients; one perturbation a row, or several, for SPSA; small sources found by their share of the
-data; weights, by which the kept rows' token-weighted mean gradient estimates that of the batch.
+data; weights, by which the kept rows' gradient estimates that of the batch: the mean over tokens, or the mean over rows
+where that is what the loss is. Of completions (grpo) the gradient is that of the row's policy loss.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class GradientCoreset(BatchSelector):
     coordinates: entries of the gradient that are compared, in each source those with the largest mean.
     beta1, beta2, eps: Adam's, for the comparison only.
     history: compare what Adam would make of the gradients, given those of the rows kept so far; false: the gradients.
-    weights: "clusters": a kept row weighs as much as the rows that it stands for, by their tokens; "none": all kept
-        rows weigh the same. null: clusters for exact gradients, none for spsa, whose clusters are too noisy to weigh.
+    weights: "clusters": a kept row weighs as much as the rows that it stands for, by their tokens where the loss is a
+        mean over tokens; "none": all kept rows weigh the same. null: clusters for exact gradients, none for spsa, whose
+        clusters are too noisy to weigh.
     paper: the published variant: spsa with one shared direction, no weights, history of large sources only.
     """
 
@@ -105,6 +107,7 @@ class GradientCoreset(BatchSelector):
     def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
         gradients: RowGradients = signals[self._signal]
         num, groups = len(signals), _groups(signals)
+        shares = signals.num_tokens if signals.shares is None else signals.shares
         small = self._small_sources(signals)
         quotas = _quotas({source: len(rows) for source, rows in groups.items()}, small, keep)
         is_small, is_whole = torch.zeros(2, num, dtype=torch.bool)
@@ -119,7 +122,7 @@ class GradientCoreset(BatchSelector):
             covered.append(_covered(similarity, medoids[cluster]))
             medoids, cluster = medoids.cpu(), cluster.cpu()
             sizes[rows[medoids]] = medoid_weights(cluster, medoids)
-            weights[rows[medoids]] = medoid_weights(cluster, medoids, signals.num_tokens[rows])
+            weights[rows[medoids]] = medoid_weights(cluster, medoids, shares[rows])
         kept = sizes.nonzero().flatten()  # in the batch's order
         if self.history:
             # Ours holds all rows that are trained on, as Adam's own moments do; the paper's leaves small sources out.

@@ -140,15 +140,17 @@ def test_medoid_weights_by_hand():
     assert medoid_weights(cluster, chosen).tolist() == [3, 1]
     assert medoid_weights(cluster, chosen, torch.tensor([10, 4, 5, 6])).tolist() == [20 / 4, 5 / 5]
     assert medoid_weights(cluster, chosen, torch.tensor([9, 0, 0, 6])).tolist() == [9 + 1 + 6, 1]
+    assert medoid_weights(cluster, chosen, torch.ones(4)).tolist() == [3, 1]  # a mean over rows
 
 
-def test_medoid_weights_give_the_large_batchs_gradient():
+@pytest.mark.parametrize("shares", [[3, 8, 1, 7, 4, 2], [1.0] * 6])
+def test_medoid_weights_give_the_large_batchs_gradient(shares):
     cluster, chosen = torch.tensor([0, 1, 1, 0, 1, 2]), torch.tensor([3, 1, 5])
-    tokens = torch.tensor([3, 8, 1, 7, 4, 2])
+    shares = torch.tensor(shares)
     gradients = torch.randn(3, 4, generator=generator(), dtype=torch.float64)[cluster]  # alike inside a cluster
-    weights = medoid_weights(cluster, chosen, tokens).double() * tokens[chosen]
+    weights = medoid_weights(cluster, chosen, shares).double() * shares[chosen]
     mean = (weights[:, None] * gradients[chosen]).sum(0) / weights.sum()
-    whole = (tokens[:, None] * gradients).sum(0) / tokens.sum()
+    whole = (shares[:, None] * gradients).sum(0) / shares.sum()
     assert torch.allclose(mean, whole, rtol=1e-6)
 
 

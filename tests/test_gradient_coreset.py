@@ -29,13 +29,19 @@ class Anything(dict):
         return self["gradients"]
 
 
-def batch(gradients, source=None, sizes=None, tokens=None):
+def batch(gradients, source=None, sizes=None, tokens=None, shares=None):
     """Signals of rows with these gradients (a list of lists, or float [B, D]). sizes: of sources; theirs here."""
     values = torch.as_tensor(gradients, dtype=torch.float32)
     source = None if source is None else list(source)
     sizes = sizes if sizes or source is None else dict(Counter(source))
     tokens = torch.ones(len(values), dtype=torch.int64) if tokens is None else torch.tensor(tokens)
-    return Signals(num_tokens=tokens, source=source, source_sizes=sizes, tensors=Anything(gradients=Rows(values)))
+    return Signals(
+        num_tokens=tokens,
+        source=source,
+        source_sizes=sizes,
+        shares=None if shares is None else torch.tensor(shares),
+        tensors=Anything(gradients=Rows(values)),
+    )
 
 
 def select(selector, keep, *args, **kwargs):
@@ -68,6 +74,18 @@ def test_weights_count_tokens():
     selection = select(GradientCoreset(history=False), 2, LINE, tokens=[10, 4, 6, 5])
     weights = torch.tensor([20 / 4, 5 / 5])  # tokens of the cluster over the medoid's own
     assert torch.allclose(selection.weights, weights * 2 / weights.sum())
+
+
+def test_weights_count_rows_where_the_loss_does():
+    tokens = [10, 4, 6, 5]
+    selection = select(GradientCoreset(history=False), 2, LINE, tokens=tokens, shares=[1.0] * 4)
+    assert selection.weights.tolist() == [1.5, 0.5]  # clusters of 3 rows and of 1
+    # Two sources: each row of a large one stands for rows of its own, the only one of the small one for itself.
+    gradients, source = [[0.0], [1.0], [50.0], [4.0], [9.0]], ["a", "a", "b", "a", "a"]
+    selection = select(GradientCoreset(small=["b"], history=False), 3, gradients, source, tokens=[9, 5, 7, 5, 5])
+    assert selection.weights.tolist() == pytest.approx([19 / 5 / 5.8 * 3, 1 / 5.8 * 3, 1 / 5.8 * 3])
+    rows = select(GradientCoreset(small=["b"], history=False), 3, gradients, source, shares=[1.0] * 5)
+    assert rows.indices.tolist() == [1, 2, 4] and rows.weights.tolist() == pytest.approx([1.8, 0.6, 0.6])
 
 
 def test_all_rows_kept_in_the_batchs_order():

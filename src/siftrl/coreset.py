@@ -63,19 +63,19 @@ def l1_similarity(features: Tensor) -> Tensor:
     return distance.max() - distance
 
 
-def medoid_weights(cluster: Tensor, chosen: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+def medoid_weights(cluster: Tensor, chosen: Tensor, shares: Tensor | None = None) -> Tensor:
     """float32 [k]: weights that make the chosen rows stand for all n.
 
-    cluster (int64 [n]), chosen (int64 [k]): `facility_location`'s answer. num_tokens: int64 [n], or None.
-    Without tokens w_k = the size of the cluster, so that sum_k w_k g_k / sum_k w_k estimates the mean of g over the n
-    rows. With tokens w_k = (tokens of the cluster) / n_k, so that sum_k w_k n_k g_k / sum_k w_k n_k, the token-weighted
-    mean of the chosen rows, estimates that of all rows (g_k: gradient of row k's mean token loss). A row without
-    tokens counts as one token.
+    cluster (int64 [n]), chosen (int64 [k]): `facility_location`'s answer. shares: [n], s_i, what each row counts in
+    the mean that is estimated, at least 1: its tokens, for a mean over tokens. None: the same for all.
+    w_k = (shares of the cluster) / s_k, so that sum_k w_k s_k g_k / sum_k w_k s_k, the weighted mean of the chosen
+    rows, estimates sum_i s_i g_i / sum_i s_i, that of all rows (g_i: gradient of row i's loss). With equal shares w_k
+    is the size of the cluster. A row that counts less than 1, having no tokens, counts as 1.
     """
-    if num_tokens is None:
+    if shares is None:
         return cluster.bincount(minlength=len(chosen)).float()
-    tokens = num_tokens.clamp(min=1).double()  # sums of whole numbers: exact in any order
-    return (cluster.bincount(weights=tokens, minlength=len(chosen)) / tokens[chosen]).float()
+    shares = shares.clamp(min=1).double()  # sums of whole numbers: exact in any order
+    return (cluster.bincount(weights=shares, minlength=len(chosen)) / shares[chosen]).float()
 
 
 @overload
