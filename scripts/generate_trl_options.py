@@ -9,7 +9,7 @@ import types
 import typing
 from pathlib import Path
 
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 TARGET = Path(__file__).parents[1] / "src" / "siftrl" / "trl_options.json"
 # Declared narrower than what TRL's documentation and __post_init__ accept.
@@ -58,7 +58,7 @@ def options(config: type) -> dict[str, dict[str, object]]:
 def render() -> str:
     """The JSON text: one line an option."""
     kinds = []
-    for kind, config in (("sft", SFTConfig), ("grpo", GRPOConfig)):
+    for kind, config in (("sft", SFTConfig), ("dpo", DPOConfig), ("grpo", GRPOConfig)):
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(o)}" for name, o in options(config).items())
         kinds.append(f'  "{kind}": {{\n{lines}\n  }}')
     return "{\n" + ",\n".join(kinds) + "\n}\n"

@@ -41,6 +41,11 @@ def digit_share(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
+def letter_sum(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that differs between nearly all completions, so that all have an advantage."""
+    return [sum(map(ord, text)) % 101 / 10 for text in completions]
+
+
 SMALL_RUN: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,

@@ -143,3 +143,81 @@ def test_kept_rows_divide_over_ranks_and_micro_batches(
     for proposal in re.findall(r"[\d.]+", re.split("; (?:write|keep) ", problem)[1]):
         numbers = batch_arithmetic(sift(named(parse_yaml(proposal)), micro=micro), ranks)
         assert numbers.micro_batch_size * numbers.gradient_accumulation_steps * ranks == numbers.rows_kept
+
+
+def grpo_sift(selectors: object, prompts: int = 8, **keys: object) -> GRPOStage:
+    return grpo(prompts_per_step=prompts, batch_selector=selectors, **keys)
+
+
+def test_grpo_arithmetic_with_a_batch_selector() -> None:
+    # 12 prompts x 8 completions = 96, of which 64 and then 48 are kept: on 2 ranks 24 each, 6 micro-batches of 4, and
+    # 3 optimizer steps of 2 of them.
+    stage = grpo_sift(
+        [{"name": "high_loss", "keep": 64}, {"name": "uniform_rows", "keep": 0.75}],
+        prompts=12,
+        optimizer_steps_per_rollout=3,
+        trainer={"max_steps": 20},
+    )
+    numbers = batch_arithmetic(stage, 2)
+    assert (numbers.rows, numbers.rows_per_rank, numbers.prompts_kept) == (96, 48, 12)
+    assert (numbers.rows_kept, numbers.kept_per_rank, numbers.micro_batch_size) == (48, 24, 4)
+    assert (numbers.micro_batches_per_rank, numbers.steps_per_generation) == (6, 6)
+    assert numbers.gradient_accumulation_steps == 2
+    assert (numbers.optimizer_steps, numbers.rollouts) == (20, 7)  # as many rollouts as without a selector
+    plain = batch_arithmetic(grpo(prompts_per_step=12, optimizer_steps_per_rollout=3, trainer={"max_steps": 20}), 2)
+    assert (plain.rows_kept, plain.kept_per_rank, plain.steps_per_generation, plain.rollouts) == (None, None, 12, 7)
+
+
+def test_fewer_completions_than_a_micro_batch_are_one_micro_batch() -> None:
+    numbers = batch_arithmetic(grpo_sift({"name": "high_loss", "keep": 6}), 2)
+    assert (numbers.kept_per_rank, numbers.micro_batch_size, numbers.gradient_accumulation_steps) == (3, 3, 1)
+    two_steps = batch_arithmetic(grpo_sift({"name": "high_loss", "keep": 12}, optimizer_steps_per_rollout=2), 2)
+    assert (two_steps.kept_per_rank, two_steps.micro_batch_size, two_steps.micro_batches_per_rank) == (6, 3, 2)
+    assert two_steps.gradient_accumulation_steps == 1
+
+
+KEEP, MICRO, STEPS = "batch_selector.keep", "micro_batch_size", "optimizer_steps_per_rollout"
+
+
+@pytest.mark.parametrize(
+    ("keep", "updates", "micro", "key", "problem"),
+    [
+        # 64 completions on 2 ranks: 32 each
+        (30, 1, 4, KEEP, "the 15 rows that a rank trains on (30 of 64 rows over 2 ranks); write 24 or 32"),
+        (31, 1, 4, KEEP, "31 of 64 rows do not divide over 2 ranks; write 24 or 32"),
+        (0.45, 2, 4, KEEP, "29 of 64 rows do not divide over 2 ranks; write 0.25 or 0.5"),
+        (31, 16, 2, KEEP, "31 of 64 rows do not divide over 2 ranks; write 32"),
+        # 12 rows of an optimizer step make no micro-batches of 8, but of 4; and 6 rows make one of 6
+        (48, 2, 8, STEPS, "trains on (48 of 64 rows over 2 ranks) into micro-batches of 8; write 1 or 4, or {MICRO} 4"),
+        # 3 rows a rank are never 2 equal micro-batches
+        (6, 2, 8, STEPS, "trains on (6 of 64 rows over 2 ranks) into micro-batches of 8; write 1, or {KEEP} 4 or 8"),
+        (0.1, 4, 8, STEPS, "trains on (6 of 64 rows over 2 ranks) into micro-batches of 8; write 1, or {KEEP} 0.12"),
+    ],
+)
+def test_kept_completions_divide_over_ranks_micro_batches_and_optimizer_steps(
+    keep: float | int, updates: int, micro: int, key: str, problem: str
+) -> None:
+    def stage(changes: dict) -> GRPOStage:
+        keys = {KEEP: keep, MICRO: micro, STEPS: updates, **changes}
+        return grpo_sift({"name": "high_loss", "keep": keys.pop(KEEP)}, **keys)
+
+    with pytest.raises(RecipeError) as caught:
+        batch_arithmetic(stage({}), 2)
+    assert ".".join(map(str, caught.value.key)) == key
+    assert caught.value.problem.endswith(problem.format(KEEP=KEEP, MICRO=MICRO))
+    name = key
+    for word in re.findall(r"[\w.]+", problem.format(KEEP=KEEP, MICRO=MICRO).split("; write ")[1]):
+        if word in (KEEP, MICRO):
+            name = word
+        elif word != "or":
+            value = parse_yaml(word)
+            numbers = batch_arithmetic(stage({name: value}), 2)
+            assert numbers.micro_batch_size * numbers.micro_batches_per_rank * 2 == numbers.rows_kept
+            num_updates = value if name == STEPS else updates
+            assert numbers.gradient_accumulation_steps * num_updates == numbers.micro_batches_per_rank
+
+
+def test_a_chain_s_error_names_the_selector_whose_keep_it_is() -> None:
+    with pytest.raises(RecipeError, match="40 rows are more than the 32 to choose from") as caught:
+        batch_arithmetic(grpo_sift(["high_loss", {"name": "high_loss", "keep": 40}]), 2)
+    assert caught.value.key == ("batch_selector", 1, "keep")

@@ -286,3 +286,70 @@ def test_little_is_padded() -> None:
     rng.shuffle(shuffled)
     at_random = [[shuffled[start : start + 8] for start in range(rank * 128, rank * 128 + 128, 8)] for rank in (0, 1)]
     assert padded(deal(lengths, 2, 16), lengths) < padded(at_random, lengths) / 6
+
+
+# ---- what is scored, and when
+
+
+@dataclass
+class Needing(Top):
+    @property
+    def needs(self) -> frozenset[Any]:
+        return frozenset({"value"})
+
+
+@dataclass
+class Leading(BatchSelector):
+    """Keeps the first rows, and needs nothing."""
+
+    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
+        return Selection.of(torch.arange(keep), len(signals))
+
+
+def scored_by(
+    chain: Sequence[tuple[BatchSelector, float | int]], values: Sequence[float], **options: Any
+) -> tuple[Selection, list[list[int]]]:
+    """The selection, and the rows that were scored, call by call."""
+    asked: list[list[int]] = []
+
+    def score(rows: torch.Tensor) -> tuple[dict[Any, Any], torch.Tensor]:
+        asked.append(rows.tolist())
+        found = torch.tensor(values)[rows]
+        return {"value": found}, found.isfinite()
+
+    signals = Signals(num_tokens=torch.ones(len(values), dtype=torch.int64))
+    mask = torch.ones(len(values), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    return choose(links(chain, 0.5), signals, mask, generator, score, **options), asked
+
+
+def test_rows_are_scored_once_and_only_those_that_are_left() -> None:
+    """6 rows -> the first 4 -> the largest 2 of them -> the smallest 1 of these."""
+    selection, asked = scored_by([(Leading(), 4), (Needing(), 2), (Needing(sign=-1.0), 1)], [3, 1, 4, 1.5, 5, 9])
+    assert asked == [[0, 1, 2, 3]]
+    assert selection.indices.tolist() == [0]
+    assert scored_by([(Leading(), 4)], [3, 1, 4, 1.5, 5, 9])[1] == []
+
+
+def test_rows_that_turn_out_bad_are_not_offered() -> None:
+    selection, _ = scored_by([(Needing(), 3)], [3, math.nan, 4, math.inf, 5, 1])
+    assert selection.indices.tolist() == [4, 2, 0]
+    assert scored_by([(Needing(), 6)], [3, math.nan, 4, math.inf, 5, 1])[0].indices.tolist() == [4, 2, 0, 5]
+
+
+def test_a_limit_leaves_rows_out_at_random() -> None:
+    values = list(range(40))
+    chain = [(Needing(), 10)]
+    selection, (asked,) = scored_by(chain, values, max_scored=20)
+    assert len(asked) == 20 and asked == sorted(asked) and asked != list(range(20))
+    assert selection.indices.tolist() == sorted(asked, reverse=True)[:10]
+    assert len(scored_by(chain, values, max_scored=4)[1][0]) == 10  # as many as are kept, at least
+    assert scored_by(chain, values, max_scored=40)[1] == [values]
+
+
+def test_a_step_that_may_not_score_takes_what_is_left_to_choose_at_random() -> None:
+    chain = [(Leading(), 20), (Needing(), 10), (Needing(), 0.5)]
+    selection, asked = scored_by(chain, list(range(40)), max_scored=0)
+    assert asked == [] and selection.reasons == ("uniform",) * 5
+    assert len(set(selection.indices.tolist())) == 5 and max(selection.indices.tolist()) < 20
+    assert selection.indices.tolist() != [0, 1, 2, 3, 4]

@@ -111,6 +111,20 @@ def test_show_prints_what_a_chain_of_batch_selectors_keeps(
     assert "rows a step" not in text
 
 
+def test_show_prints_how_many_completions_are_trained_on(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = "stages.0.batch_selector=[{name: largest_advantage, keep: 0.75}, {name: uniform_rows, keep: 8}]"
+    assert cli.main(["show", recipe, chain, "stages.0.micro_batch_size=4", "--ranks", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "#   completions a step           32  4 for each prompt",
+        "#   completions trained on        8  32 -> largest_advantage 24 -> uniform_rows 8",
+        "#   micro-batches a rank          1  4 a rank / micro_batch_size 4",
+        "#   gradient accumulation         1  micro-batches of one optimizer step",
+        "#   rollouts                      5  steps that generate",
+    ):
+        assert line in lines
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(recipe: str) -> None:
     args = cli._parse(["train", recipe, "seed=1", "--resume", "name=x"])
     assert args.resume and args.overrides == ["seed=1", "name=x"]
@@ -130,6 +144,7 @@ def test_list_shows_names_keys_and_defaults(capsys: pytest.CaptureFixture[str]) 
     assert "prompt_curriculum (prompt selector)" in text
     assert "    candidates: Count = 4" in text
     assert "      body: Literal['own', 'policy'] = 'own'" in text
+    assert "largest_advantage (batch selector, grpo only)\n" in text
     assert "high_loss (batch selector)\n  Keeps the rows of highest loss; of equal ones the first.\n" in text
     assert "    normalise: bool = True\n" in text
     assert "    reference: str (required)\n" in text

@@ -136,6 +136,47 @@ def test_a_conversation_is_split_before_its_last_turn_for_sft_and_refused_for_gr
         load(config(path=path, prompt="messages"))
 
 
+# ------------------------------------------------------------------------------------------------- preference pairs
+
+
+def test_pairs_have_two_completions_of_the_prompts_kind(tmp_path: Path) -> None:
+    right = {"prompt": "1+1=", "better": 2, "worse": 3, "chosen_ids": [1]}
+    rows = [right, {"prompt": "1+2=", "better": 3}, {"prompt": "1+3=", "better": 4, "worse": 4}]
+    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), chosen="better", rejected="worse"), "dpo")
+    (row,) = splits.train.to_list()
+    assert row == {"prompt": "1+1=", "better": 2, "worse": 3, "chosen": "2", "rejected": "3"}
+    assert splits.report["dropped"] == {"empty completion": 1, "equal completions": 1}
+    assert splits.report["ignored_columns"] == ["chosen_ids"]
+
+
+def test_pairs_of_whole_conversations_share_all_but_their_last_message(tmp_path: Path) -> None:
+    ask, good, bad = ({"role": r, "content": c} for r, c in (("user", "1+1="), ("assistant", "2"), ("assistant", "3")))
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row = {"prompt": "not read", "chosen": [ask, good, ask, good], "rejected": [ask, good, ask, bad]}
+    path = write(tmp_path / "rows.jsonl", [row])
+    shaped = load(config(path=path, system_prompt="Add."), "dpo", tokenizer).train[0]
+    assert shaped["prompt"] == [{"role": "system", "content": "Add."}, ask, good, ask]
+    assert (shaped["chosen"], shaped["rejected"]) == ([good], [bad])
+    for changed, message in (
+        ({"rejected": [ask, bad, ask, bad]}, "row 0: chosen and rejected must be one conversation up to their last"),
+        ({"rejected": [ask, good, ask, ask]}, "row 0: rejected: the last message must be the assistant's"),
+        ({"rejected": []}, "row 0: chosen and rejected must be one conversation"),
+    ):
+        path = write(tmp_path / "bad.jsonl", [row | changed])
+        with pytest.raises(ValueError, match=message):
+            load(config(path=path), "dpo", tokenizer)
+
+
+def test_pairs_without_their_columns_or_with_unknown_characters_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "reject": "3"}])
+    with pytest.raises(ValueError, match="data.rejected: there is no column 'rejected'; did you mean 'reject'"):
+        load(config(path=path), "dpo")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "rejected": "３"}])
+    with pytest.raises(ValueError, match="row 0: rejected: the model's tokenizer does not know '３'"):
+        load(config(path=path), "dpo")
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

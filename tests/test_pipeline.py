@@ -238,6 +238,13 @@ def test_the_launchers_reach_the_same_result(whole: Path, tmp_path: Path) -> Non
     assert chosen(tmp_path / "runs" / "small") == chosen(whole)
 
 
+DIGITS = """
+
+def digits(completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+"""
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_ranks_run_the_recipe_of_one(tmp_path: Path, launcher: str) -> None:
@@ -246,10 +253,7 @@ def test_two_ranks_run_the_recipe_of_one(tmp_path: Path, launcher: str) -> None:
     The reward is one that a random model earns: without any reward the gradient is rounding noise, which Adam would
     blow up into different weights.
     """
-    (tmp_path / "my_rewards.py").write_text(
-        "def digits(completions, **columns):\n"
-        "    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]\n"
-    )
+    (tmp_path / "my_rewards.py").write_text(DIGITS)
     recipe = write_recipe(tmp_path, rewards=["my_rewards:digits"])
     one = siftrl("train", recipe, "name=one", "stages.grpo.trainer.max_steps=6", cwd=tmp_path)
     assert one.returncode == 0, one.stderr[-3000:]
@@ -300,34 +304,73 @@ class ShortAnswers(BatchSelector):
 """
 
 
-def test_recipe_with_a_batch_selector_of_ones_own(tmp_path: Path) -> None:
-    """A file outside of the package, in a chain with a shipped selector; then the next stage trains on its model."""
+BEST_REWARDS = """
+from dataclasses import dataclass
+
+import torch
+
+from siftrl.types import BatchSelector, Selection, Signals
+
+
+@dataclass
+class BestRewards(BatchSelector):
+    \"\"\"Keeps the completions of highest reward.\"\"\"
+
+    reads_rewards = True
+
+    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
+        best = signals.rewards.argsort(descending=True, stable=True)[:keep]
+        return Selection.of(best, len(signals), scores=signals.rewards, reasons="best")
+"""
+
+
+def test_recipe_with_batch_selectors_of_ones_own(tmp_path: Path) -> None:
+    """Files outside of the package, in chains with a shipped selector, in an sft stage and in the grpo stage after."""
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "my_file.py").write_text(SHORT_ANSWERS)
+    (tmp_path / "my_package" / "my_rewards.py").write_text(BEST_REWARDS + DIGITS)
     chain = [
         {"name": "my_package.my_file:ShortAnswers", "keep": 0.75, "power": 2.0},
         {"name": "gradient_coreset", "keep": 8},
     ]
     warmup = RECIPE["stages"][0] | {"batch_selector": chain, "micro_batch_size": 4, "signals": {"micro_batch_size": 8}}
-    recipe = write_recipe(tmp_path, stages=[warmup | {"rows_per_step": 16}], rewards=[])
+    best = {"name": "my_package.my_rewards:BestRewards", "keep": 0.75}
+    grpo = RECIPE["stages"][1] | {
+        "micro_batch_size": 4,
+        "optimizer_steps_per_rollout": 2,
+        "batch_selector": [best, chain[1]],
+        "signals": {"micro_batch_size": 8},
+        "selection": {"skip_zero_advantage": False},
+        "eval": None,
+        "trainer": RECIPE["stages"][1]["trainer"] | {"max_steps": 4},
+    }
+    recipe = write_recipe(tmp_path, stages=[warmup, grpo], rewards=["my_package.my_rewards:digits"])
     done = siftrl("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
-    stage = json.loads((run / "summary.json").read_text())["stages"][0]
+    stage, rl = json.loads((run / "summary.json").read_text())["stages"]
     assert stage["selection"]["rows_read"] == 96 and stage["selection"]["rows_trained"] == 48
     assert 0 < stage["selection"]["share_of_time"] < 1
     assert stage["seconds"]["score"] > 0 and stage["seconds"]["select"] > 0
-    steps = lines(run / "selection.jsonl")
+    steps = [line for line in lines(run / "selection.jsonl") if line["stage"] == "warmup"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
         kept = [c for c in line["candidates"] if c["chosen"]]
         assert len(line["candidates"]) == 16 and len(kept) == 8
         assert sum(c["weight"] for c in kept) == pytest.approx(8, rel=1e-4)
         assert {c["source"] for c in line["candidates"]} == {"chain_sum"} and {c["why"] for c in kept} == {"medoid"}
-    figures = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    # 2 rollouts of 16 completions, 8 of each trained on in 2 optimizer steps
+    assert (rl["steps"], rl["rollouts"]) == (4, 32)
+    assert (rl["selection"]["rows_read"], rl["selection"]["rows_trained"]) == (32, 16)
+    rollouts = [line["completions"] for line in lines(run / "selection.jsonl") if "completions" in line]
+    assert [len(rows) for rows in rollouts] == [16, 16]
+    assert all(sum(row["chosen"] for row in rows) == 8 for rows in rollouts)
+    assert {row["source"] for rows in rollouts for row in rows} == {"chain_sum"}
+    figures = [line for line in lines(run / "metrics.jsonl") if "loss" in line and line["stage"] == "warmup"]
     assert all(
         {"batch/my_file/best", "batch/gradient_coreset/coverage", "batch/share_of_time"} <= set(f) for f in figures
     )
-    wrong = write_recipe(tmp_path, stages=[warmup | {"batch_selector": [chain[0] | {"powr": 1.0}]}], rewards=[])
-    refused = siftrl("validate", wrong, cwd=tmp_path)
-    assert refused.returncode == 2 and "powr" in refused.stderr and "power" in refused.stderr
+    for selector, words in ((chain[0] | {"powr": 1.0}, ("powr", "power")), (best, ("reads rewards", "high_loss"))):
+        wrong = write_recipe(tmp_path, stages=[warmup | {"batch_selector": [selector]}], rewards=[])
+        refused = siftrl("validate", wrong, cwd=tmp_path)
+        assert refused.returncode == 2 and all(word in refused.stderr for word in words)

@@ -245,6 +245,35 @@ def test_a_batch_selector_is_no_prompt_selector(modules: Path) -> None:
         GRPOStage.model_validate({"kind": "grpo", "prompt_selector": "my_selectors:Plain"})
 
 
+def test_whether_a_selector_reads_rewards_is_read_from_its_class_or_their_bases(modules: Path) -> None:
+    (modules / "attributes.py").write_text(
+        textwrap.dedent("""
+            from typing import ClassVar
+            from siftrl.types import BatchSelector
+
+            YES = True
+
+            class Plain(BatchSelector):
+                def select(self, signals, keep, generator): ...
+
+            class Reads(Plain):
+                reads_rewards: ClassVar[bool] = YES
+
+            class Inherits(Reads): ...
+
+            class Not(Reads):
+                reads_rewards = True
+                reads_rewards = False
+
+            class Later(Plain):
+                reads_rewards = compute()
+        """)
+    )
+    expected = {"Plain": False, "Reads": True, "Inherits": True, "Not": False}
+    assert {name: plugins.find("selector", f"attributes:{name}").reads_rewards for name in expected} == expected
+    assert "'compute' is not known without importing attributes" in problem("selector", "attributes:Later", {})
+
+
 def test_a_type_that_only_an_import_would_tell_is_an_error(modules: Path) -> None:
     (modules / "odd.py").write_text(
         textwrap.dedent("""

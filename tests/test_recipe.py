@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from siftrl.recipe import (
     ModelConfig,
     Recipe,
     RecipeError,
+    SelectionConfig,
     SFTStage,
     SignalsConfig,
     batch_arithmetic,
@@ -110,6 +112,28 @@ def test_batch_selectors_come_as_a_name_a_section_or_a_chain(base: Path) -> None
     assert load_recipe(base).stages[1].batch_selectors == []
 
 
+def test_a_grpo_stage_takes_what_an_sft_stage_takes_for_its_batch_selectors(base: Path) -> None:
+    chain = "[{name: largest_advantage, keep: 128}, {name: gradient_coreset, keep: 0.5}]"
+    settings = ["signals={micro_batch_size: 32, head: lm_head}", "selection={max_overhead: 0.25}"]
+    written = [f"stages.1.{text}" for text in (f"batch_selector={chain}", *settings)]
+    stage = load_recipe(base, written).stages[1]
+    assert isinstance(stage, GRPOStage)
+    assert [(one.name, one.keep) for one in stage.batch_selectors] == [
+        ("largest_advantage", 128),
+        ("gradient_coreset", 0.5),
+    ]
+    assert stage.signals == SignalsConfig(micro_batch_size=32, head="lm_head")
+    assert stage.selection == SelectionConfig(max_overhead=0.25)
+    for flag in ("true", "false"):
+        load_recipe(base, [*written, f"stages.1.selection.skip_zero_advantage={flag}"])
+    load_recipe(base, ["stages.0.batch_selector=high_loss", "stages.0.selection.max_overhead=1"])
+
+
+def test_rows_without_advantage_may_be_left_out_without_a_batch_selector(base: Path) -> None:
+    stage = load_recipe(base, ["stages.1.selection.skip_zero_advantage=true"]).stages[1]
+    assert stage.selection.skip_zero_advantage is True and not stage.batch_selectors
+
+
 @pytest.mark.parametrize(
     "selectors",
     [
@@ -120,14 +144,17 @@ def test_batch_selectors_come_as_a_name_a_section_or_a_chain(base: Path) -> None
 )
 def test_a_written_batch_selector_loads_to_the_same(selectors: str, base: Path, tmp_path: Path) -> None:
     """`keep: 1` is one row and `keep: 1.0` is all of them, so their types count as well."""
-    recipe = load_recipe(base, [f"stages.0.batch_selector={selectors}", "stages.0.signals.value=self_attn.v_proj"])
+    settings = [f"batch_selector={selectors}", "signals.value=self_attn.v_proj", "selection.max_overhead=0.3"]
+    recipe = load_recipe(base, [f"stages.{stage}.{setting}" for stage in (0, 1) for setting in settings])
     copy = tmp_path / "recipe.yaml"
     copy.write_text(dump(recipe))
     again = load_recipe(copy)
     assert again == recipe and resolved(again) == resolved(recipe)
-    before, after = ([type(one.keep) for one in r.stages[0].batch_selectors] for r in (recipe, again))
-    assert before == after
-    assert again.stages[0].signals == SignalsConfig(value="self_attn.v_proj")
+    for stage in (0, 1):
+        before, after = ([type(one.keep) for one in r.stages[stage].batch_selectors] for r in (recipe, again))
+        assert before == after
+        assert again.stages[stage].signals == SignalsConfig(value="self_attn.v_proj")
+        assert again.stages[stage].selection == SelectionConfig(max_overhead=0.3)
 
 
 def test_overrides_reach_batch_selectors(base: Path) -> None:
@@ -183,11 +210,13 @@ def test_a_written_recipe_loads_to_the_same(path: Path | None, base: Path, tmp_p
 def test_every_recipe_opens_with_its_launch_line_and_fits_its_ranks(path: Path) -> None:
     opening = re.match(r"(#.*\n)+", path.read_text())
     assert opening, "a recipe opens with a comment"
+    assert re.search(r"(Needs|Meant for)", opening[0])
     ranks = re.search(r"--num_gpus (\d+)", opening[0])
     launcher = "scripts/train.py" if ranks else "siftrl train"
-    assert re.search(rf"{launcher} recipes/{re.escape(path.name)}", opening[0])
-    assert re.search(r"(Needs|Meant for)", opening[0])
-    load_recipe(path, num_ranks=int(ranks[1]) if ranks else 1, check_installed=False)
+    overrides = re.findall(rf"{launcher} recipes/{re.escape(path.name)}(.*)", opening[0])
+    assert overrides, "a recipe opens with its launch line"
+    for line in overrides:
+        load_recipe(path, shlex.split(line), num_ranks=int(ranks[1]) if ranks else 1, check_installed=False)
 
 
 def test_the_paper_s_settings_are_in_the_4b_recipe() -> None:
@@ -197,6 +226,22 @@ def test_the_paper_s_settings_are_in_the_4b_recipe() -> None:
     numbers = batch_arithmetic(stage, 8)
     assert (numbers.prompts_proposed, numbers.prompts_kept, numbers.completions_per_prompt) == (2048, 512, 16)
     assert numbers.gradient_accumulation_steps * 8 * stage.micro_batch_size == 512 * 16
+
+
+def test_recipes_choose_data_three_times() -> None:
+    """On one GPU, on eight with ZeRO-2 and ZeRO-3, with vLLM colocated, as a server, and on a CPU."""
+    seen = set()
+    for path in RECIPES:
+        recipe = load_recipe(path, check_installed=False)
+        stage = recipe.stages[-1]
+        names = [selector.name for selector in stage.batch_selectors]
+        if isinstance(stage, GRPOStage) and stage.prompt_selector and names[1:] == ["gradient_coreset"]:
+            seen.add((recipe.distribution.deepspeed, stage.rollout.mode, names[0]))
+    assert seen >= {
+        (None, "colocate", "utility_diversity"),
+        ("zero2", "server", "largest_advantage"),
+        ("zero3", "colocate", "utility_diversity"),
+    }
 
 
 # ---------------------------------------------------------------------------------------- what is refused
@@ -225,7 +270,7 @@ REFUSED = {
     "data.path=[x]": "data.path: must be text, not a list",
     "data.chat=yes": "data.chat: must be true or false, not the text 'yes'",
     "stages=[]": "stages: is empty",
-    "stages.1.kind=gpro": "stages.1.kind: must be sft or grpo, not 'gpro'; did you mean 'grpo'?",
+    "stages.1.kind=gpro": "stages.1.kind: must be sft or dpo or grpo, not 'gpro'; did you mean 'grpo'?",
     "stages.1={}": "stages.1.kind: is required",
     "stages.1.rollout.engine=vlm": "stages.1.rollout.engine: must be transformers or vllm, not the text 'vlm'; did you",
     "stages.1.rollout.temperature=.inf": "stages.1.rollout.temperature: must be a finite number",
@@ -256,11 +301,12 @@ REFUSED = {
     "rewards.0={name: exact_match, weight: 0}": "stages.0.rewards: every reward has weight 0",
     "stages.0.name=grpo": "stages.1.name: 'grpo' is the name of stages.0 too",
     "stages.1.eval={samples: 3}": "stages.1.eval.samples: 3 greedy completions are all the same",
-    "stages.1.batch_selector=loss": "stages.1.batch_selector: choosing rows inside a batch comes with a later release",
-    "stages.1.batch_selector=[high_loss]": "stages.1.batch_selector: choosing rows inside a batch comes with a later",
+    "stages.1.batch_selector=high_los": "stages.1.batch_selector.name: no selector 'high_los'; did you mean 'h",
+    "stages.1.batch_selector=[high_loss, uniform]": "batch_selector.1.name: 'uniform' selects prompts before the rol",
     "stages.0.batch_selector=high_los": "stages.0.batch_selector.name: no selector 'high_los'; did you mean 'h",
     "stages.0.batch_selector=uniform": "stages.0.batch_selector.name: 'uniform' selects prompts before the rol",
-    "stages.1.prompt_selector=high_loss": "stages.1.prompt_selector.name: 'high_loss' selects inside a batch;",
+    "stages.1.prompt_selector=high_loss": "prompt_selector.name: 'high_loss' selects inside a batch; write a selector "
+    "of prompts, and this one under `batch_selector`",
     "stages.0.batch_selector={}": "stages.0.batch_selector.name: is required",
     "stages.0.batch_selector=3": "stages.0.batch_selector: must be a mapping, not the number 3",
     "stages.0.batch_selector=[]": "stages.0.batch_selector: is empty; write at least one item",
@@ -275,9 +321,18 @@ REFUSED = {
     "stages.0.batch_selector={name: high_loss, keep: 129}": "batch_selector.keep: 129 rows are more than the 128 to ch",
     "stages.0.batch_selector=[high_loss, {name: high_loss, keep: 65}]": "batch_selector.1.keep: 65 rows are mo",
     "stages.0.batch_selector={name: high_loss, keep: 96}": "stages.0.batch_selector.keep: micro_batch_size 64 does not",
+    "stages.1.batch_selector={name: high_loss, keep: 96}": "stages.1.batch_selector.keep: micro_batch_size 64 does not",
+    "stages.1.batch_selector={name: high_loss, keep: 257}": "keep: 257 rows are more than the 256 to choose from",
     "stages.0.signals.block=layers": "stages.0.signals.block: has no effect without a batch selector; remove i",
     "stages.0.signals.micro_batch_size=0": "stages.0.signals.micro_batch_size: must be greater than or equal to 1",
-    "stages.1.signals={}": "stages.1.signals: unknown key",
+    "stages.1.signals.head=lm_head": "stages.1.signals.head: has no effect without a batch selector; remove it, or wr",
+    "stages.0.selection.max_overhead=0.2": "stages.0.selection.max_overhead: has no effect without a batch selector",
+    "stages.1.selection.max_overhead=0.2": "stages.1.selection.max_overhead: has no effect without a batch selector",
+    "stages.1.selection.max_overhead=20": "selection.max_overhead: must be less than or equal to 1, not the number 20",
+    "stages.1.selection.max_overhed=0.2": "selection.max_overhed: unknown key; did you mean 'max_overhead'?",
+    "stages.1.selection.skip_zero_advantage=1": "skip_zero_advantage: must be true or false, not the number 1",
+    "stages.1.selection.skip_zero_advantage=false": "skip_zero_advantage: has no effect without a batch selector",
+    "stages.0.selection.skip_zero_advantage=true": "skip_zero_advantage: has no effect in an sft stage, whose rows",
     "stages.1.micro_batch_size=48": "stages.1.micro_batch_size: 48 does not divide the 256 completions a rank",
     "stages.0.micro_batch_size=48": "stages.0.micro_batch_size: 48 does not divide the 128 rows a rank",
     "stages.1.optimizer_steps_per_rollout=3": "stages.1.optimizer_steps_per_rollout: 3 does not divide the 4 micro-b",
@@ -341,6 +396,37 @@ def test_trainer_options_that_a_batch_selector_allows(base: Path) -> None:
     options = "{packing: true, dataloader_drop_last: true, eval_strategy: no, train_sampling_strategy: random}"
     load_recipe(base, ["stages.0.batch_selector=high_loss", f"stages.0.trainer={options}"])
     load_recipe(base, ["stages.0.trainer.train_sampling_strategy=group_by_length"])
+    text = refusal(base, "stages.1.batch_selector=high_loss", "stages.1.trainer.parallelism_config={tp_size: 2}")
+    assert "stages.1.trainer.parallelism_config: does not work with a batch selector: whole rows are scored" in text
+
+
+def test_what_reads_rewards_is_for_grpo_stages(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class says so in its source; nothing is imported to find out."""
+    source = """
+import raises_when_imported
+from typing import ClassVar
+from siftrl.types import BatchSelector
+
+class Lucky(BatchSelector):
+    reads_rewards: ClassVar[bool] = True
+    def select(self, signals, keep, generator): ...
+
+class Luckier(Lucky): ...
+
+class Unlucky(Lucky):
+    reads_rewards = False
+"""
+    (base.parent / "my_lucky.py").write_text(source)
+    monkeypatch.syspath_prepend(base.parent)
+    message = (
+        "reads rewards, which an sft stage has none of; write it in a grpo stage, and here, for example, high_loss"
+    )
+    for name in ("my_lucky:Lucky", "my_lucky:Luckier", "largest_advantage"):
+        one, chain = (f"stages.0.batch_selector={text}" for text in (name, f"[high_loss, {{name: '{name}'}}]"))
+        assert f"stages.0.batch_selector.name: {name!r} {message}" in refusal(base, one)
+        assert f"stages.0.batch_selector.1.name: {name!r} {message}" in refusal(base, chain)
+        load_recipe(base, [f"stages.1.batch_selector={name}"])
+    load_recipe(base, ["stages.0.batch_selector=my_lucky:Unlucky", "stages.1.batch_selector=my_lucky:Unlucky"])
 
 
 @pytest.mark.parametrize("field", ["keep", "name"])
@@ -466,7 +552,7 @@ def test_the_list_of_trl_options_is_the_installed_trl_s() -> None:
 
 
 def test_every_default_of_trl_passes_its_own_check() -> None:
-    for kind in ("sft", "grpo"):
+    for kind in ("sft", "dpo", "grpo"):
         options = trl_options(kind)
         assert set(OWNED[kind]) <= set(options)
         defaults = {name: o["default"] for name, o in options.items() if "default" in o and name not in OWNED[kind]}
@@ -490,7 +576,9 @@ def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:
         [{"name": "high_loss", "keep": 32}, {"name": "mine:Selector", "anything": 3}],
     ):
         right = yaml.safe_load(yaml.safe_dump(data))
-        right["stages"][0] |= {"batch_selector": selectors, "signals": {"micro_batch_size": 4, "block": None}}
+        for stage in right["stages"]:
+            stage |= {"batch_selector": selectors, "signals": {"micro_batch_size": 4, "block": None}}
+            stage |= {"selection": {"max_overhead": 0.2, "skip_zero_advantage": None}}
         assert validator.is_valid(right), selectors
     for stage, key, value in (
         (0, "batch_selector", "uniform"),
@@ -500,8 +588,10 @@ def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:
         (0, "batch_selector", [{"name": "high_loss", "keep": 0}]),
         (0, "batch_selector", {"name": "high_loss", "keep": 1.5}),
         (0, "signals", {"blok": "x"}),
+        (0, "selection", {"max_overhead": 1.5}),
         (1, "prompt_selector", "high_loss"),
-        (1, "batch_selector", "high_loss"),
+        (1, "batch_selector", "uniform"),
+        (1, "selection", {"skip_zero_advantages": True}),
         (1, "prompt_selector", {"name": "prompt_curriculum", "candidats": 3}),
         (1, "prompt_selector", "none_such"),
         (1, "trainer", {"lerning_rate": 1}),

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "GRPOTrainer": "siftrl.trainers.grpo",
     "SFTTrainer": "siftrl.trainers.sft",
+    "DPOTrainer": "siftrl.trainers.dpo",
     "ValueModel": "siftrl.value",
     "ValueConfig": "siftrl.value",
     "Candidates": "siftrl.types",
@@ -23,6 +24,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from siftrl.trainers.dpo import DPOTrainer
     from siftrl.trainers.grpo import GRPOTrainer
     from siftrl.trainers.sft import SFTTrainer
     from siftrl.types import BatchSelector, Candidates, PromptSelector, Selection

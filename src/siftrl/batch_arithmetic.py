@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from siftrl.recipe_text import Key, RecipeError
+from siftrl.recipe_text import Key, RecipeError, dotted
 
 if TYPE_CHECKING:
-    from siftrl.recipe import GRPOStage, SFTStage
+    from siftrl.recipe import AnyStage, DPOStage, GRPOStage, SFTStage
 
 
 @dataclass(frozen=True, slots=True)
 class BatchArithmetic:
-    """The numbers of one step. A row is a completion (grpo) or an example (sft).
+    """The numbers of one step. A row is a completion (grpo), an example (sft) or a pair (dpo).
 
-    With a batch selector `rows` are read, `rows_kept` of them are trained on, and the micro-batches are those of the
-    rows that are trained on: micro_batch_size x gradient_accumulation_steps x world_size = rows_kept.
+    With a batch selector `rows` are read (grpo: generated), `rows_kept` of them are trained on, and the micro-batches
+    are those of the rows that are trained on: micro_batch_size x micro_batches_per_rank x world_size = rows_kept.
     """
 
     world_size: int
@@ -27,18 +27,19 @@ class BatchArithmetic:
     """Rows of one step over all ranks; grpo: prompts_kept x completions_per_prompt."""
     rows_per_rank: int
     micro_batch_size: int
-    """The stage's, or `kept_per_rank` where that is smaller."""
+    """The stage's, or the rows that a rank trains on in one optimizer step where those are fewer."""
     micro_batches_per_rank: int
     gradient_accumulation_steps: int
+    """Micro-batches of one optimizer step on one rank."""
     rows_kept: int | None = None
-    """sft with a batch selector: rows of one step that are trained on, over all ranks."""
+    """With a batch selector: rows of one step that are trained on, over all ranks."""
     kept_per_rank: int | None = None
     prompts_proposed: int | None = None
     """grpo: candidates drawn before the prompt selector chooses."""
     prompts_kept: int | None = None
     completions_per_prompt: int | None = None
     steps_per_generation: int | None = None
-    """grpo: micro-batches of one rollout on one rank, TRL's option."""
+    """grpo: micro-batches that one rollout is trained on, on one rank, TRL's option."""
     optimizer_steps: int | None = None
     """Over the whole stage; None where the number of rows is not known."""
     rollouts: int | None = None
@@ -50,15 +51,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def batch_arithmetic(stage: SFTStage | GRPOStage, world_size: int, num_rows: int | None = None) -> BatchArithmetic:
+def batch_arithmetic(stage: AnyStage, world_size: int, num_rows: int | None = None) -> BatchArithmetic:
     """Divide a step over ranks and micro-batches.
 
     num_rows: rows of the training set, where known; only used for the number of steps.
     Raises RecipeError with the key (relative to the stage) and values that would divide.
     """
-    if stage.kind == "sft":
-        return _sft(stage, world_size, num_rows)
-    return _grpo(stage, world_size, num_rows)
+    if stage.kind == "grpo":
+        return _grpo(stage, world_size, num_rows)
+    return _rows(stage, world_size, num_rows)
 
 
 def kept_rows(rows: int, keeps: Sequence[float | int]) -> list[int]:
@@ -82,12 +83,12 @@ def kept_rows(rows: int, keeps: Sequence[float | int]) -> list[int]:
     return kept
 
 
-def _sft(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
+def _rows(stage: SFTStage | DPOStage, world: int, num_rows: int | None) -> BatchArithmetic:
     rows, micro = stage.rows_per_step, stage.micro_batch_size
     if rows % world:
         raise RecipeError(f"{rows} rows do not divide over {_ranks(world)}; {_multiples(rows, world)}", "rows_per_step")
     if stage.batch_selectors:
-        return _sft_selected(stage, world, num_rows)
+        return _rows_selected(stage, world, num_rows)
     per_rank = rows // world
     if per_rank % micro:
         raise RecipeError(
@@ -111,8 +112,8 @@ def _sft(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
     )
 
 
-def _sft_selected(stage: SFTStage, world: int, num_rows: int | None) -> BatchArithmetic:
-    kept = _kept_over_ranks(stage, world)
+def _rows_selected(stage: SFTStage | DPOStage, world: int, num_rows: int | None) -> BatchArithmetic:
+    kept = _kept_over_ranks(stage, stage.rows_per_step, world)
     kept_per_rank = kept // world
     micro = min(stage.micro_batch_size, kept_per_rank)
     steps = _option(stage, "max_steps", -1)
@@ -131,35 +132,56 @@ def _sft_selected(stage: SFTStage, world: int, num_rows: int | None) -> BatchAri
     )
 
 
-def _kept_over_ranks(stage: SFTStage, world: int) -> int:
-    """Rows of a step that the stage's batch selectors leave.
+def _kept_over_ranks(stage: AnyStage, rows: int, world: int) -> int:
+    """Rows of a step (of `rows`) that the stage's batch selectors leave.
 
-    Raises RecipeError, with the key of a `keep`, where they do not divide over ranks and micro-batches.
+    Raises RecipeError, with the key of a `keep`, where they do not divide over ranks and micro-batches, and with
+    optimizer_steps_per_rollout (grpo) where that does not divide their micro-batches.
     """
     keeps, micro = [selector.keep for selector in stage.batch_selectors], stage.micro_batch_size
-    keys: list[Key] = [("batch_selector", "keep")]
-    if isinstance(stage.batch_selector, list):
-        keys = [("batch_selector", index, "keep") for index in range(len(keeps))]
+    keys: list[Key] = [(*key, "keep") for key in stage.batch_selector_keys]
+    updates = stage.optimizer_steps_per_rollout if stage.kind == "grpo" else 1
     try:
-        given, kept = [stage.rows_per_step, *kept_rows(stage.rows_per_step, keeps)][-2:]
+        given, kept = [rows, *kept_rows(rows, keeps)][-2:]
     except RecipeError as error:
         raise RecipeError(error.problem, *keys[int(error.key[0])]) from None
-    if given < world:  # so there is one before the last: the first is given rows_per_step
+    if given < world:  # so there is one before the last: the first is given `rows`
         raise RecipeError(f"leaves {given} rows for {_ranks(world)}; keep {world} or more", *keys[-2])
 
-    def fits(count: int) -> bool:
-        per_rank, rest = divmod(count, world)
-        return not rest and per_rank > 0 and (per_rank <= micro or not per_rank % micro)
+    def nearest(updates: int) -> list[float | int]:
+        """What to write as the last `keep`: the counts next to `kept` that divide."""
+        counts = _next_to([count for count in range(1, given + 1) if _divides(count, world, micro, updates)], kept)
+        return [_share(count, given) if isinstance(keeps[-1], float) else count for count in counts]
 
-    if fits(kept):
+    if _divides(kept, world, micro, updates):
         return kept
-    counts = [next(filter(fits, numbers), None) for numbers in (range(kept, 0, -1), range(kept, given + 1))]
-    proposals = [_share(count, given) if isinstance(keeps[-1], float) else count for count in counts if count]
+    of, per_rank = f"{kept} of {given} rows over {_ranks(world)}", kept // world
+    if _divides(kept, world, micro):
+        steps = [n for n in range(1, per_rank + 1) if _both_divide(rows, kept, world, micro, n)]
+        sizes = [size for size in range(1, micro) if _both_divide(rows, kept, world, size, updates)]
+        either = [_or(_next_to(steps, updates))]
+        if sizes:
+            either.append(f"micro_batch_size {sizes[-1]}")
+        elif keeps_that_do := nearest(updates):
+            either.append(f"{dotted(keys[-1])} {_or(keeps_that_do)}")
+        problem = f"{updates} steps do not divide the {per_rank} rows that a rank trains on ({of}) into micro-batches"
+        raise RecipeError(f"{problem} of {micro}; write {', or '.join(either)}", "optimizer_steps_per_rollout")
     problem = f"{kept} of {given} rows do not divide over {_ranks(world)}"
     if not kept % world:
-        of = f"{kept} of {given} rows over {_ranks(world)}"
-        problem = f"micro_batch_size {micro} does not divide the {kept // world} rows that a rank trains on ({of})"
-    raise RecipeError(f"{problem}; write {' or '.join(map(str, proposals))}", *keys[-1])
+        problem = f"micro_batch_size {micro} does not divide the {per_rank} rows that a rank trains on ({of})"
+    raise RecipeError(f"{problem}; write {_or(nearest(updates) or nearest(1))}", *keys[-1])
+
+
+def _divides(rows: int, world: int, micro: int, updates: int = 1) -> bool:
+    """Whether rows divide over ranks and optimizer steps, and each step's into micro-batches of at most `micro`."""
+    per_step, rest = divmod(rows, world * updates)
+    size = min(micro, per_step)
+    return not rest and size > 0 and not per_step % size
+
+
+def _both_divide(rows: int, kept: int, world: int, micro: int, updates: int) -> bool:
+    """Whether the rows of a rollout make equal micro-batches of `micro` for each optimizer step, and the kept ones."""
+    return not rows % (world * micro * updates) and _divides(kept, world, micro, updates)
 
 
 def _share(count: int, given: int) -> float:
@@ -189,6 +211,12 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
             f"{_divisors(micro_batches, updates)}",
             "optimizer_steps_per_rollout",
         )
+    kept = kept_per_rank = None
+    if stage.batch_selectors:
+        kept = _kept_over_ranks(stage, rows, world)
+        kept_per_rank = kept // world
+        micro = min(micro, kept_per_rank // updates)
+        micro_batches = kept_per_rank // micro
     options = stage.prompt_selector.options if stage.prompt_selector else {}
     steps_per_rollout = updates * _option(stage, "num_iterations", 1)
     steps = _option(stage, "max_steps", -1)
@@ -201,6 +229,8 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
         micro_batch_size=micro,
         micro_batches_per_rank=micro_batches,
         gradient_accumulation_steps=micro_batches // updates,
+        rows_kept=kept,
+        kept_per_rank=kept_per_rank,
         prompts_proposed=prompts * options.get("candidates", 1),
         prompts_kept=prompts,
         completions_per_prompt=group,
@@ -214,7 +244,7 @@ def _ranks(world: int) -> str:
     return f"{world} rank{'s' * (world > 1)}"
 
 
-def _option(stage: SFTStage | GRPOStage, name: str, default: float) -> float:
+def _option(stage: AnyStage, name: str, default: float) -> float:
     value = stage.trainer.get(name)
     return default if value is None else value
 
@@ -222,12 +252,19 @@ def _option(stage: SFTStage | GRPOStage, name: str, default: float) -> float:
 def _divisors(total: int, wanted: int) -> str:
     """The divisors of `total` next to `wanted`."""
     small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
-    divisors = {*small, *(total // d for d in small)}
-    next_to = [max(d for d in divisors if d < wanted)] + sorted(d for d in divisors if d > wanted)[:1]
-    return "write " + " or ".join(str(d) for d in next_to)
+    return f"write {_or(_next_to(sorted({*small, *(total // d for d in small)}), wanted))}"
+
+
+def _or(values: Sequence[float | int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def _next_to(numbers: Sequence[int], wanted: int) -> list[int]:
+    """Of ascending numbers the last below `wanted` and the first above it."""
+    return [n for n in numbers if n < wanted][-1:] + [n for n in numbers if n > wanted][:1]
 
 
 def _multiples(wanted: int, of: int) -> str:
     """The multiples of `of` next to `wanted`."""
     below = wanted // of * of
-    return "write " + " or ".join(str(m) for m in (below, below + of) if m)
+    return f"write {_or([m for m in (below, below + of) if m])}"

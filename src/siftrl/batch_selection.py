@@ -6,14 +6,18 @@ Pure functions: every rank calls them with the same signals and gets the same an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.types import BatchSelector, Selection, Signals
+
+Score = Callable[[Tensor], tuple[dict[Hashable, Any], Tensor]]
+"""Rows (int64 [n], places in the batch) -> their signals, in that order, and which have finite ones (bool [n])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +35,48 @@ def links(selector: BatchSelector | Sequence[tuple[BatchSelector, float | int]],
     return [Link(selector, keep)]
 
 
-def choose(chain: Sequence[Link], signals: Signals, usable: Tensor, generator: torch.Generator) -> Selection:
+def choose(
+    chain: Sequence[Link],
+    signals: Signals,
+    usable: Tensor,
+    generator: torch.Generator,
+    score: Score | None = None,
+    max_scored: int | None = None,
+) -> Selection:
     """Let each selector of the chain choose from what the one before kept.
 
     usable: bool [B]; the other rows are not offered to any selector. At least one must be.
+    score: measures rows when the first selector needs it, so that those that went before cost nothing; None: the
+        signals hold everything. max_scored: how many rows it may be asked for: rows above that are left out at random;
+        0: what remains to be chosen is chosen at random.
     Returns a selection among the B rows: a row's score is the last one that it was given, the weights are multiplied.
     """
     rows = usable.nonzero().flatten()
     scores = torch.full((len(signals),), float("nan"))
     probability = torch.full((len(signals),), float("nan"))
     weights = torch.ones(len(rows))
-    reasons: tuple[str, ...] = ()
-    for link, wanted in zip(chain, kept_rows(len(signals), [link.keep for link in chain]), strict=True):
+    reasons = ("all",) * len(rows)
+    offered = signals.subset(rows)
+    wants = kept_rows(len(signals), [link.keep for link in chain])
+    for link, wanted in zip(chain, wants, strict=True):
+        if score is not None and link.selector.needs:
+            if max_scored is not None and max_scored < len(rows):
+                few = torch.randperm(len(rows), generator=generator)
+                few = few[: max(max_scored, wanted) if max_scored else wants[-1]].sort().values
+                rows, weights, offered = rows[few], weights[few], offered.subset(few)
+                if not max_scored:
+                    reasons = ("uniform",) * len(rows)
+                    break
+            tensors, finite = score(rows)
+            good = finite.nonzero().flatten()
+            offered.tensors.update(tensors)
+            rows, weights, offered, score = rows[good], weights[good], offered.subset(good), None
         keep = min(wanted, len(rows))
-        selection = link.selector.select(signals.subset(rows), keep, generator)
+        selection = link.selector.select(offered, keep, generator)
         _check(selection, keep, len(rows), link.selector)
         scores[rows], probability[rows] = selection.scores.float().cpu(), selection.probability.float().cpu()
         chosen = selection.indices.cpu()
-        rows, reasons = rows[chosen], selection.reasons
+        rows, reasons, offered = rows[chosen], selection.reasons, offered.subset(chosen)
         weights = weights[chosen] * selection.weights.float().cpu()
     return Selection.of(rows, len(signals), weights=weights, scores=scores, probability=probability, reasons=reasons)
 

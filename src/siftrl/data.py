@@ -1,7 +1,8 @@
 """Data sets: rows in, rows that the trainers, the rewards and the evaluation understand out.
 
-Every row that comes out has `prompt` (a text, or chat messages), for SFT also `completion` (of the same kind), and
-all of its other columns, which reach the rewards. What does not fit is a clear error or a counted drop.
+Every row that comes out has `prompt` (a text, or chat messages), for SFT also `completion`, for DPO `chosen` and
+`rejected` (of the same kind), and all of its other columns, which reach the rewards. What does not fit is a clear error
+or a counted drop.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset, Value
@@ -21,7 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from siftrl.gym_rows import make_rows
 from siftrl.recipe_text import near
-from siftrl.row_shapes import Prompt, check_encodable, encode_prompts, fill, shape_row, text_of
+from siftrl.row_shapes import (
+    COMPLETIONS,
+    Kind,
+    Prompt,
+    check_encodable,
+    encode_prompts,
+    fill,
+    is_conversation,
+    shape_row,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from siftrl.recipe import DataConfig, EvalDataConfig
@@ -32,8 +43,9 @@ _REWARD_ARGUMENTS = {
     *("trainer_state", "log_extra", "log_metric", "environments"),
 }
 # columns that change what TRL takes a data set for; models of text only are trained here
-_TRL_COLUMNS = {
+_TRL_COLUMNS: dict[Kind, set[str]] = {
     "grpo": {"image", "images"},
+    "dpo": {"image", "images", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"},
     "sft": {
         *("image", "images", "messages", "conversations", "text"),
         *("input_ids", "labels", "completion_mask", "assistant_masks"),
@@ -52,7 +64,7 @@ class DataSplits:
     report: dict[str, Any]
 
 
-def load_data(data: DataConfig, kind: Literal["sft", "grpo"], tokenizer: PreTrainedTokenizerBase) -> DataSplits:
+def load_data(data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
     """Load, check and shape the rows of a stage. The same recipe gives the same rows in the same order.
 
     Held-out rows never occur in training: equal prompts are taken out of the training rows and counted.
@@ -215,7 +227,7 @@ def _local_files(path: str, key: str) -> list[str] | None:
 
 
 def _shape(
-    rows: Dataset, data: DataConfig, kind: Literal["sft", "grpo"], tokenizer: PreTrainedTokenizerBase, what: str
+    rows: Dataset, data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> tuple[Dataset, dict[str, Any]]:
     """(the rows with their prompts and completions, their report). what: which rows these are, for messages."""
     if not len(rows):
@@ -225,7 +237,7 @@ def _shape(
     shaped = rows.map(
         lambda row, i: shape_row(row, data, kind, f"data: {what}: row {i}"),
         with_indices=True,
-        remove_columns=[column for column in ignored if column not in ("prompt", "completion")],
+        remove_columns=[column for column in ignored if column not in ("prompt", *COMPLETIONS[kind])],
         desc=f"Shaping {what}",
         **_UNCACHED,
     )
@@ -256,7 +268,7 @@ def _shape(
     return shaped.select(kept) if dropped else shaped, report
 
 
-def _check_columns(rows: Dataset, data: DataConfig, kind: str) -> None:
+def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
     columns = rows.column_names
     if kind == "grpo" and (clash := sorted(_REWARD_ARGUMENTS & set(columns))):
         raise ValueError(
@@ -264,9 +276,10 @@ def _check_columns(rows: Dataset, data: DataConfig, kind: str) -> None:
             f"rename it in the file, for example to 'row_{clash[0]}'"
         )
     needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
-    is_conversation = isinstance(rows[0].get(data.prompt or "prompt"), list)
-    if kind == "sft" and not is_conversation:
-        needed["completion"] = data.completion or "completion"
+    if not (kind == "sft" and isinstance(rows[0].get(data.prompt or "prompt"), list)):
+        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
+    if kind == "dpo" and is_conversation(rows[0].get(needed["chosen"])):
+        needed.pop("prompt", None)
     for key, column in needed.items():
         _require_column(key, column, columns)
 
@@ -278,10 +291,10 @@ def _require_column(key: str, column: str, columns: list[str]) -> None:
         )
 
 
-def _with_sources(rows: Dataset, column: str, kind: Literal["sft", "grpo"]) -> Dataset:
+def _with_sources(rows: Dataset, column: str, kind: Kind) -> Dataset:
     """The rows with the column of their sources as text: numbers are written out, what is missing stays None."""
     _require_column("source", column, rows.column_names)
-    if column in ("prompt", "completion") or column in _TRL_COLUMNS[kind]:
+    if column in ("prompt", *COMPLETIONS[kind]) or column in _TRL_COLUMNS[kind]:
         raise ValueError(f"data.source: {column!r} is a name that the trainer reads; rename the column, to 'source'")
     text = Value("string")
     if rows.features[column] == text:
@@ -295,7 +308,7 @@ def _with_sources(rows: Dataset, column: str, kind: Literal["sft", "grpo"]) -> D
 
 
 def _encoded_lengths(
-    rows: Dataset, indices: list[int], kind: str, tokenizer: PreTrainedTokenizerBase, what: str
+    rows: Dataset, indices: list[int], kind: Kind, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> list[int]:
     """The number of tokens of each prompt in `indices`; ValueError where the tokenizer loses text."""
     lengths: list[int] = []
@@ -310,10 +323,10 @@ def _encoded_lengths(
         encoded = encode_prompts(prompts, tokenizer)
         for prompt, ids, row in zip(prompts, encoded, where, strict=True):
             check_encodable(text_of(prompt), ids, tokenizer, f"{row}: prompt")
-        if kind == "sft":
-            texts = [text_of(completion) for completion in batch["completion"]]
+        for name in COMPLETIONS[kind]:
+            texts = [text_of(completion) for completion in batch[name]]
             targets = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
             for text, ids, row in zip(texts, targets, where, strict=True):
-                check_encodable(text, ids, tokenizer, f"{row}: completion")
+                check_encodable(text, ids, tokenizer, f"{row}: {name}")
         lengths += map(len, encoded)
     return lengths

@@ -31,15 +31,17 @@ from siftrl import distributed, models, plugins, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
-from siftrl.recipe import GRPOStage, ModelConfig, Recipe, SFTStage, dump
+from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
 from siftrl.rollout import RolloutOptions, Sampling
+from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from siftrl.trainers.dpo import DPOTrainer
     from siftrl.trainers.grpo import GRPOTrainer
     from siftrl.trainers.sft import SFTTrainer
 
@@ -112,9 +114,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ one stage
 
 
-def _run_stage(
-    recipe: Recipe, stage: SFTStage | GRPOStage, model: ModelConfig, done: Path, resume: bool
-) -> dict[str, Any]:
+def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, resume: bool) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(model)
     data = load_data(recipe.data_of(stage), stage.kind, tokenizer)
     say(f"stage {stage.name} ({stage.kind}): {_describe(data)}")
@@ -123,11 +123,11 @@ def _run_stage(
         recipe.run_folder, stage.name, samples=recipe.logging.samples, selection=recipe.logging.selection
     )
     options = _trainer_options(recipe, stage, checkpoints)
-    trainer: GRPOTrainer | SFTTrainer
+    trainer: GRPOTrainer | DPOTrainer | SFTTrainer
     if isinstance(stage, GRPOStage):
         trainer = _grpo_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     else:
-        trainer = _sft_trainer(recipe, stage, model, tokenizer, data, options, recorder)
+        trainer = _row_trainer(recipe, stage, model, tokenizer, data, options, recorder)
     if trainer.args.world_size != distributed.world_size():  # ranks that train apart would look like success
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
@@ -176,7 +176,7 @@ def _describe(data: DataSplits) -> str:
     return ", ".join(parts)
 
 
-def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: Path) -> dict[str, Any]:
+def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict[str, Any]:
     """What TRL's config class gets: siftrl's own keys, then everything under `trainer:`."""
     on_cpu = not torch.cuda.is_available()
     numbers = batch_arithmetic(stage, distributed.world_size())
@@ -199,9 +199,12 @@ def _trainer_options(recipe: Recipe, stage: SFTStage | GRPOStage, checkpoints: P
         options["save_steps"] = every
     if isinstance(stage, GRPOStage):
         rollout = stage.rollout
+        # of all rows that are generated; the trainer itself counts those that a batch selector keeps
+        micro_batches = numbers.rows_per_rank // stage.micro_batch_size
         options |= {
+            "gradient_accumulation_steps": micro_batches // stage.optimizer_steps_per_rollout,
             "num_generations": stage.completions_per_prompt,
-            "steps_per_generation": numbers.steps_per_generation,
+            "steps_per_generation": micro_batches,
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,
             "top_k": rollout.top_k,
@@ -250,42 +253,57 @@ def _grpo_trainer(
         quantization_config=models.quantization_config(model),
         prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
+        skip_zero_advantage=stage.selection.skip_zero_advantage,
         recorder=recorder,
+        **_selection_options(recipe, stage),
     )
 
 
-def _sft_trainer(
+def _row_trainer(
     recipe: Recipe,
-    stage: SFTStage,
+    stage: SFTStage | DPOStage,
     model: ModelConfig,
     tokenizer: Any,
     data: DataSplits,
     options: dict[str, Any],
     recorder: Recorder,
-) -> SFTTrainer:
-    from trl import SFTConfig
+) -> SFTTrainer | DPOTrainer:
+    from trl import DPOConfig, SFTConfig
 
-    from siftrl.parts import PartNames
+    from siftrl.trainers.dpo import DPOTrainer
     from siftrl.trainers.sft import SFTTrainer
 
     options["model_init_kwargs"] = models.model_init_kwargs(model)
-    source = recipe.data_of(stage).source if stage.batch_selectors else None
-    names = stage.signals
-    return SFTTrainer(
+    selection = _selection_options(recipe, stage)
+    source = selection["source_column"]
+    columns = ["prompt", *COMPLETIONS[stage.kind], *([source] if source else [])]
+    trainer, config = (SFTTrainer, SFTConfig) if stage.kind == "sft" else (DPOTrainer, DPOConfig)
+    return trainer(
         model=model.path,
-        args=SFTConfig(**options),
-        train_dataset=data.train.select_columns(["prompt", "completion", *([source] if source else [])]),
+        args=config(**options),
+        train_dataset=data.train.select_columns(columns),
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
-        batch_selector=[(plugins.load("selector", one.name, one.options), one.keep) for one in stage.batch_selectors]
-        or None,
         candidates=stage.rows_per_step,
-        source_column=source,
-        scoring_batch_size=names.micro_batch_size,
-        parts=PartNames(names.block, names.value, names.head),
         recorder=recorder,
+        **selection,
     )
+
+
+def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
+    """What every trainer gets for choosing rows inside a batch."""
+    from siftrl.parts import PartNames
+
+    names = stage.signals
+    chain = [(plugins.load("selector", one.name, one.options), one.keep) for one in stage.batch_selectors]
+    return {
+        "batch_selector": chain or None,
+        "source_column": recipe.data_of(stage).source if chain else None,
+        "scoring_batch_size": names.micro_batch_size,
+        "parts": PartNames(names.block, names.value, names.head),
+        "max_overhead": stage.selection.max_overhead,
+    }
 
 
 def _held_out(stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe) -> dict[str, Any]:

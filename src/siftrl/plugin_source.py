@@ -163,6 +163,18 @@ def methods(node: ast.ClassDef, module: Module) -> set[str]:
     return names.union(*(methods(base, where) for where, base in bases(node, module)))
 
 
+def class_attribute(node: ast.ClassDef, module: Module, name: str) -> Any:
+    """The value of a class attribute, an inherited one included; None where no class with source assigns it one.
+
+    Raises Unreadable where the value needs an import of the plugin.
+    """
+    for item in reversed(node.body):
+        if isinstance(item, (ast.Assign, ast.AnnAssign)) and item.value and name in _bound_names(item):
+            return evaluate(item.value, module, None)
+    inherited = (class_attribute(base, where, name) for where, base in bases(node, module))
+    return next((value for value in inherited if value is not None), None)
+
+
 def dataclass_fields(node: ast.ClassDef, module: Module) -> dict[str, FieldSource]:
     """Fields as Python's dataclass would have them, in order: those of dataclass bases, then the class's own.
 

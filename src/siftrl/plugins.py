@@ -4,7 +4,8 @@ A plugin is `siftrl/selectors/NAME.py` or `siftrl/rewards/NAME.py` (the file's n
 `package.module:Object`. Its options, the recipe's keys, are the fields of its dataclass, checked from the source, so
 before torch is imported; `load` is what really imports it. This module must stay free of torch.
 
-- A selector file holds one public dataclass with `propose` (a prompt selector) or `select` (a batch selector).
+- A selector file holds one public dataclass with `propose` (a prompt selector) or `select` (a batch selector). A batch
+  selector with `reads_rewards = True` in its class is for grpo stages only.
 - A reward file holds one public dataclass with `__call__`, or a public function named like the file, whose options
   are its keyword-only parameters that have a default. Either has TRL's signature: (completions, **columns).
 """
@@ -28,6 +29,7 @@ from siftrl.plugin_source import (
     FieldSource,
     Module,
     Unreadable,
+    class_attribute,
     dataclass_fields,
     evaluate,
     find_module,
@@ -59,6 +61,8 @@ class Plugin:
     """"prompt" or "batch" for selectors, "reward" for rewards."""
     source: Module | None = None
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None = None
+    reads_rewards: bool = False
+    """Whether it is a batch selector that reads rewards or advantages, which only the completions of grpo have."""
 
     @property
     def summary(self) -> str:
@@ -131,7 +135,7 @@ def _find(kind: Kind, name: str) -> Plugin:
         raise PluginError(
             f"{path} must hold one public @dataclass with {' or '.join(sorted(wanted))}, it has {len(classes)}", "name"
         )
-    return Plugin(name, kind, source.name, classes[0].name, _role(kind, classes[0], source), source, classes[0])
+    return _plugin_class(name, kind, source.name, classes[0].name, source, classes[0])
 
 
 def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin:
@@ -145,12 +149,18 @@ def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin
         raise PluginError(f"{name}: {source.path} defines no {symbol!r}{choose(symbol, public)}", "name")
     where, node = source.resolve(symbol) or (source, None)
     if isinstance(node, ast.ClassDef):
-        return Plugin(name, kind, module_name, symbol, _role(kind, node, where), where, node)
+        return _plugin_class(name, kind, module_name, symbol, where, node)
     if kind == "reward" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return Plugin(name, kind, module_name, symbol, "reward", where, node)
     if kind == "selector":
         raise PluginError(f"{name}: must be a class with propose or select", "name")
     return Plugin(name, kind, module_name, symbol, "reward")
+
+
+def _plugin_class(name: str, kind: Kind, module_name: str, symbol: str, source: Module, node: ast.ClassDef) -> Plugin:
+    role = _role(kind, node, source)
+    reads_rewards = role == "batch" and class_attribute(node, source, "reads_rewards") is True
+    return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards)
 
 
 def _role(kind: Kind, node: ast.ClassDef, source: Module) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from siftrl.batch_arithmetic import BatchArithmetic, batch_arithmetic, world_size
 from siftrl.deepspeed_config import deepspeed_config
@@ -35,14 +35,16 @@ from siftrl.recipe_sections import (
     RolloutConfig,
     ScratchConfig,
     Section,
+    SelectionConfig,
     SelectorConfig,
     SignalsConfig,
 )
-from siftrl.recipe_text import RecipeError, apply_overrides, describe_error, dump_yaml, read_yaml
+from siftrl.recipe_text import Key, RecipeError, apply_overrides, describe_error, dump_yaml, read_yaml
 
 __all__ = [
     "AnyStage",
     "BatchArithmetic",
+    "DPOStage",
     "GRPOStage",
     "Recipe",
     "RecipeError",
@@ -69,6 +71,7 @@ __all__ = [
     "RolloutConfig",
     "ScratchConfig",
     "Section",
+    "SelectionConfig",
     "SelectorConfig",
     "SignalsConfig",
 ]
@@ -99,10 +102,14 @@ class Stage(Section):
     micro_batch_size: Count = 8
     """Rows in one forward and backward pass of one rank."""
     batch_selector: BatchSelectors | None = None
-    """Chooses the rows of a step that are trained on, before backward; a list: each chooses from what the one before
-    kept. For sft stages."""
+    """Chooses the rows of a step (grpo: its completions) that are trained on, before backward; a list: each chooses
+    from what the one before kept."""
+    signals: SignalsConfig = SignalsConfig()
+    """How rows are scored for the batch selector."""
+    selection: SelectionConfig = SelectionConfig()
+    """What choosing rows may cost, and what becomes of completions that teach nothing."""
     trainer: dict[str, Any] = {}
-    """Options of TRL's config class (SFTConfig, GRPOConfig), passed through."""
+    """Options of TRL's config class (SFTConfig, DPOConfig, GRPOConfig), passed through."""
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +124,13 @@ class Stage(Section):
         chosen = self.batch_selector
         return chosen if isinstance(chosen, list) else [chosen] if chosen else []
 
+    @property
+    def batch_selector_keys(self) -> list[Key]:
+        """Where each of `batch_selectors` stands in the stage."""
+        if isinstance(self.batch_selector, list):
+            return [("batch_selector", index) for index in range(len(self.batch_selector))]
+        return [("batch_selector",)] if self.batch_selector else []
+
 
 class SFTStage(Stage):
     """Supervised fine-tuning on prompt and completion."""
@@ -124,16 +138,14 @@ class SFTStage(Stage):
     kind: Literal["sft"]
     rows_per_step: Count = 64
     """Rows of one optimizer step, over all ranks; with a batch selector: the rows that it chooses from."""
-    signals: SignalsConfig = SignalsConfig()
-    """How rows are scored for the batch selector."""
 
-    @model_validator(mode="after")
-    def signals_serve_a_selector(self) -> SFTStage:
-        given = [key for key, value in self.signals if value is not None]
-        if given and not self.batch_selectors:
-            problem = "has no effect without a batch selector; remove it, or write a `batch_selector`"
-            raise RecipeError(problem, "signals", given[0])
-        return self
+
+class DPOStage(Stage):
+    """Direct preference optimization on pairs of a chosen and a rejected completion."""
+
+    kind: Literal["dpo"]
+    rows_per_step: Count = 64
+    """Pairs of one optimizer step, over all ranks; with a batch selector: the pairs that it chooses from."""
 
 
 class GRPOStage(Stage):
@@ -150,18 +162,9 @@ class GRPOStage(Stage):
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig | None = None
     """Mean reward on the held-out rows before and after the stage; null: none."""
-    batch_selector: None = None
-    """Comes with a later release."""
-
-    @field_validator("batch_selector", mode="before")
-    @classmethod
-    def no_batch_selector_yet(cls, value: Any) -> None:
-        if value is not None:
-            problem = "choosing rows inside a batch comes with a later release for grpo stages"
-            raise RecipeError(f"{problem}; remove it, or write it in an sft stage")
 
 
-AnyStage = Annotated[SFTStage | GRPOStage, Field(discriminator="kind")]
+AnyStage = Annotated[SFTStage | DPOStage | GRPOStage, Field(discriminator="kind")]
 
 
 class Recipe(Section):

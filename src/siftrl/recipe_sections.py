@@ -153,6 +153,10 @@ class DataConfig(Section):
     """The column that holds the prompt, text or chat messages; null: "prompt" ("question" for reasoning_gym)."""
     completion: str | None = None
     """The column that holds the target completion (SFT); null: "completion" ("answer" for reasoning_gym)."""
+    chosen: str = "chosen"
+    """The column that holds the preferred completion (DPO), or the whole conversation with it."""
+    rejected: str = "rejected"
+    """The column that holds the other completion (DPO), or the whole conversation with it."""
     prompt_template: str | None = None
     """Makes a plain prompt out of a row's columns, for example "{question}="."""
     system_prompt: str | None = None
@@ -231,8 +235,8 @@ class SelectorConfig(_PluginSection):
     def check_options(self) -> SelectorConfig:
         plugin = plugins.find("selector", self.name)
         if plugin.role != "prompt":
-            problem = "selects inside a batch; write a selector of prompts, and this one in an sft stage"
-            raise RecipeError(f"{self.name!r} {problem} under `batch_selector`", "name")
+            problem = "selects inside a batch; write a selector of prompts, and this one under `batch_selector`"
+            raise RecipeError(f"{self.name!r} {problem}", "name")
         self.__pydantic_extra__ = plugins.validate("selector", self.name, self.options)
         return self
 
@@ -281,6 +285,16 @@ class SignalsConfig(Section):
     """Dotted name of the V projection, inside the block; null: found by the model's structure."""
     head: str | None = None
     """Dotted name of the head; null: found by the model's structure."""
+
+
+class SelectionConfig(Section):
+    """What choosing the rows of a step may cost, and what becomes of completions that teach nothing."""
+
+    max_overhead: Fraction | None = None
+    """Share of a step's seconds that scoring and choosing may take; null: no limit."""
+    skip_zero_advantage: bool | None = None
+    """grpo only: do not run completions whose advantage is 0, which have no gradient. null: where a batch selector had
+    to take some, since too few have one; true: always, without a batch selector too; false: never."""
 
 
 class RolloutConfig(Section):

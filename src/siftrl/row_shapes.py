@@ -1,4 +1,4 @@
-"""One row of a data set: its prompt and completion, text or chat messages, made, checked and encoded."""
+"""One row of a data set: its prompt and completions, text or chat messages, made, checked and encoded."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
+Kind = Literal["sft", "dpo", "grpo"]
+COMPLETIONS: dict[Kind, tuple[str, ...]] = {"sft": ("completion",), "dpo": ("chosen", "rejected"), "grpo": ()}
+"""What rows have besides their prompt, by kind of stage."""
 
 
-def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Literal["sft", "grpo"], where: str) -> dict[str, Any]:
-    """The row's `prompt`, for SFT its `completion`, and `drop_reason`: why it cannot be used, "" when it can.
+def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Kind, where: str) -> dict[str, Any]:
+    """The row's `prompt`, for SFT its `completion`, for DPO `chosen` and `rejected`, and `drop_reason`: why it cannot
+    be used, "" when it can.
 
     where: the row, for messages. Raises ValueError for a row that makes no sense.
     """
-    prompt, completion = _prompt(row, data, where), None
-    if kind == "sft":
-        completion = row.get(data.completion or "completion")
-        if completion is None and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-            prompt, completion = prompt[:-1], prompt[-1:]  # a whole conversation: its last turn is the target
+    completions = {name: row.get(getattr(data, name) or name) for name in COMPLETIONS[kind]}
+    prompt: Prompt | None
+    if kind == "dpo" and any(map(is_conversation, completions.values())):
+        prompt, completions = _before_last(completions, where)
+    else:
+        prompt = _prompt(row, data, where)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{where}: the prompt ends with an assistant's message; it must end with the user's")
+        if kind != "sft" or completions["completion"] is not None:
+            problem = "the prompt ends with an assistant's message; it must end with the user's"
+            raise ValueError(f"{where}: {problem}")
+        prompt, completions = prompt[:-1], {"completion": prompt[-1:]}  # a whole conversation: its last turn
     is_empty = not text_of(prompt).strip()
     if isinstance(prompt, str) and (data.chat or data.system_prompt is not None):
         prompt = [{"role": "user", "content": prompt}]
@@ -34,11 +42,32 @@ def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Literal["sft", "gr
             raise ValueError(f"{where}: it has a system message already; remove data.system_prompt")
         prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
     shaped: dict[str, Any] = {"prompt": prompt, "drop_reason": "empty prompt" if is_empty else ""}
-    if kind == "sft":
-        shaped["completion"] = _completion(completion, isinstance(prompt, list), where)
-        if not is_empty and not text_of(shaped["completion"]):
+    for name, completion in completions.items():
+        shaped[name] = _completion(completion, isinstance(prompt, list), where, name)
+    if not is_empty:
+        texts = [text_of(shaped[name]) for name in completions]
+        if not all(texts):
             shaped["drop_reason"] = "empty completion"
+        elif kind == "dpo" and texts[0] == texts[1]:
+            shaped["drop_reason"] = "equal completions"
     return shaped
+
+
+def is_conversation(completion: Any) -> bool:
+    """Whether a column of pairs holds the prompt, too: messages that begin with another's than the assistant's."""
+    return isinstance(completion, list) and completion[:1] != [] and completion[0].get("role") != "assistant"
+
+
+def _before_last(pair: Mapping[str, Any], where: str) -> tuple[Messages, dict[str, Any]]:
+    """Two whole conversations: what they have in common, and the last message of each."""
+    whole = {name: _messages(messages or [], f"{where}: {name}") for name, messages in pair.items()}
+    prompt = whole["chosen"][:-1]
+    if whole["rejected"][:-1] != prompt:
+        raise ValueError(f"{where}: chosen and rejected must be one conversation up to their last message")
+    for name, messages in whole.items():
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: {name}: the last message must be the assistant's")
+    return prompt, {name: messages[-1:] for name, messages in whole.items()}
 
 
 def fill(template: str, row: Mapping[str, Any], key: str = "data.prompt_template") -> str:
@@ -91,7 +120,7 @@ def shorten(text: str, length: int = 200) -> str:
 def _prompt(row: Mapping[str, Any], data: DataConfig, where: str) -> Prompt | None:
     if data.prompt_template is not None:
         return fill(data.prompt_template, row)
-    prompt = row[data.prompt or "prompt"]
+    prompt = row.get(data.prompt or "prompt")
     if isinstance(prompt, list):
         return _messages(prompt, f"{where}: prompt")
     if prompt is not None and not isinstance(prompt, str):
@@ -99,12 +128,12 @@ def _prompt(row: Mapping[str, Any], data: DataConfig, where: str) -> Prompt | No
     return prompt
 
 
-def _completion(completion: Any, is_chat: bool, where: str) -> Prompt | None:
-    """The completion in the prompt's form; numbers (JSON) become text."""
+def _completion(completion: Any, is_chat: bool, where: str, name: str) -> Prompt | None:
+    """The completion in the prompt's form; numbers (JSON) become text. name: its column."""
     if isinstance(completion, list):
         if not is_chat:
-            raise ValueError(f"{where}: the completion is a list of messages and the prompt is text; write chat: true")
-        return _messages(completion, f"{where}: completion")
+            raise ValueError(f"{where}: the {name} is a list of messages and the prompt is text; write chat: true")
+        return _messages(completion, f"{where}: {name}")
     text = "" if completion is None else str(completion)
     return [{"role": "assistant", "content": text}] if is_chat else text
 

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 from siftrl import __version__
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from siftrl.recipe import Recipe
     from siftrl.types import Candidates, Selection, Signals
 
@@ -136,27 +134,31 @@ class Recorder:
             lines.append(line)
         self._write("selection.jsonl", {"step": step, "round": round_, "candidates": lines})
 
-    def batch(self, step: int, signals: Signals, usable: Tensor, selection: Selection) -> None:
-        """One line an optimizer step: every candidate row with its score, and for the chosen ones why and how much."""
+    def batch(self, step: int, signals: Signals, selection: Selection, why_not: Sequence[str | None]) -> None:
+        """One line an optimizer step: every candidate row with its score, and for the chosen ones why and how much.
+
+        why_not: for each row, why it could not be chosen, if so.
+        """
         if not self.log_selection:
             return
         assert signals.ids is not None
         place = {index: order for order, index in enumerate(selection.indices.tolist())}
         weights = selection.weights.tolist()
-        columns = zip(
-            signals.ids.tolist(), selection.scores.tolist(), signals.num_tokens.tolist(), usable.tolist(), strict=True
-        )
+        columns = zip(signals.ids.tolist(), selection.scores.tolist(), signals.num_tokens.tolist(), strict=True)
         lines: list[dict[str, Any]] = []
-        for index, (id_, score, tokens, can_be_chosen) in enumerate(columns):
+        for index, (id_, score, tokens) in enumerate(columns):
             line: dict[str, Any] = {"id": id_, "score": score, "tokens": tokens, "chosen": index in place}
             if signals.source is not None:
                 line["source"] = signals.source[index]
+            if signals.advantages is not None:
+                line["advantage"] = signals.advantages[index].item()
             if index in place:
                 line |= {"why": selection.reasons[place[index]], "weight": weights[place[index]]}
-            elif not can_be_chosen:
-                line["why"] = "not finite" if tokens else "no tokens"
+            elif why_not[index]:
+                line["why"] = why_not[index]
             lines.append(line)
-        self._write("selection.jsonl", {"step": step, "candidates": lines})
+        kind = "candidates" if signals.advantages is None else "completions"  # prompts' candidates have lines of theirs
+        self._write("selection.jsonl", {"step": step, kind: lines})
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples[: self.num_samples]:

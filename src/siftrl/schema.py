@@ -30,7 +30,7 @@ def recipe_schema() -> dict[str, Any]:
     ]
     names = _names(plugins.names("reward"))
     definitions["RewardConfig"] = {"anyOf": [names, {**reward, "anyOf": [*with_options, _external({})]}]}
-    for kind, stage in (("sft", "SFTStage"), ("grpo", "GRPOStage")):
+    for kind, stage in (("sft", "SFTStage"), ("dpo", "DPOStage"), ("grpo", "GRPOStage")):
         definitions[stage]["properties"]["trainer"] = _trainer(kind)
     return schema
 

@@ -25,7 +25,8 @@ from siftrl.value import whole_model
 
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
-"""Rows -> {"input_ids", "attention_mask", "labels"}, each int64 [B, T], padded on the right."""
+"""Rows -> {"input_ids", "attention_mask", "labels"}, each int64 [B, T], padded on the right; and what a policy loss is
+made of, see `siftrl.policy`."""
 
 
 class Scorer:
@@ -37,6 +38,8 @@ class Scorer:
         micro_batch_size: rows in one forward pass.
         precision: the context that training computes its loss in (autocast).
         names: where the model's parts are, if its structure does not tell.
+        row_losses: the loss whose gradient a row stands for, float32 [B]; None: the mean over its tokens.
+        temperature: what the loss divides the logits by, as TRL's GRPO does.
     """
 
     def __init__(
@@ -49,7 +52,11 @@ class Scorer:
         device: torch.device,
         precision: Callable[[], AbstractContextManager[Any]],
         names: PartNames = BY_STRUCTURE,
+        row_losses: Callable[[ScoredBatch], Tensor] | None = None,
+        temperature: float = 1.0,
     ) -> None:
+        self.temperature = temperature
+        self.row_losses = row_losses or mean_losses
         self.model, self.collate = model, collate
         self.needs = sorted(needs, key=repr)  # one order on all ranks: what follows are collectives
         self.micro_batch_size, self.device, self.precision = micro_batch_size, device, precision
@@ -58,7 +65,7 @@ class Scorer:
         self.gradients = [signal for signal in self.needs if isinstance(signal, ValueGradient)]
         self.backward = any(signal.estimate == "exact" for signal in self.gradients)
         references = [signal.model for signal in self.needs if isinstance(signal, ReferenceLoss)]
-        self.references = {path: Reference(path, model, device) for path in references}
+        self.references = {path: Reference(path, model, device, temperature) for path in references}
         self.seed = 0  # of this pass's random directions
         self.shapes: dict[int, tuple[int, int]] = {}  # site -> its matrix's shape, known once it has run
         self._parts: Parts | None = None
@@ -67,14 +74,14 @@ class Scorer:
     def parts(self) -> Parts:
         if self._parts is None:  # not before training begins: only then does a sharded model run
             self._parts = find_parts(self.model, self.names, need_value=bool(self.gradients))
-            self.head = Head(self._parts)
+            self.head = Head(self._parts, self.temperature)
         return self._parts
 
-    def score(self, rows: Rows, ids: Sequence[int], seed: int) -> tuple[dict[Hashable, Any], Tensor]:
+    def score(self, rows: Rows, ids: Sequence[int] | None, seed: int) -> tuple[dict[Hashable, Any], Tensor]:
         """Signals of B rows, and which rows have finite ones (bool [B]); the same on every rank.
 
-        rows: as `collate` takes them, with "input_ids". ids: their places in the data set. seed: of the pass's random
-        directions.
+        rows: as `collate` takes them, with "input_ids". ids: their places in the data set, None for completions,
+        which never come again. seed: of the pass's random directions.
         """
         self.seed = seed
         order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]["input_ids"]), row))
@@ -86,7 +93,8 @@ class Scorer:
                 mine = first + distributed.rank()
                 # a rank without a chunk of its own runs one all the same: sharded weights take all ranks
                 chunk = chunks[mine] if mine < len(chunks) else chunks[0]
-                values = self._score_chunk(chunk, [rows[row] for row in chunk], [ids[row] for row in chunk])
+                its_ids = None if ids is None else [ids[row] for row in chunk]
+                values = self._score_chunk(chunk, [rows[row] for row in chunk], its_ids)
                 if mine < len(chunks):
                     for signal, per_row in values.items():
                         found[signal].update(zip(chunk, per_row, strict=True))
@@ -95,9 +103,11 @@ class Scorer:
         }
         return signals, torch.stack([_finite(values) for values in signals.values()]).all(0)
 
-    def _score_chunk(self, chunk: list[int], rows: Rows, ids: list[int]) -> dict[Signal, Sequence[Any]]:
+    def _score_chunk(self, chunk: list[int], rows: Rows, ids: list[int] | None) -> dict[Signal, Sequence[Any]]:
         inputs = {name: value.to(self.device) for name, value in self.collate(rows).items()}
         batch = ScoredBatch(self, inputs, chunk, ids)
+        if "advantages" in inputs:
+            return {signal: signal.of_policy(batch, inputs["advantages"]) for signal in self.needs}
         return {signal: signal.of(batch) for signal in self.needs}
 
     def _everyone(self, signal: Signal, mine: dict[int, Any], num_rows: int) -> Any:
@@ -116,9 +126,10 @@ class Scorer:
         with torch.no_grad(), self.precision():  # a hook may turn gradients on inside, for the last block
             return self.model(**inputs, labels=labels, fused_lm_head=True)
 
-    def row_losses(self, batch: ScoredBatch) -> Tensor:
-        """float32 [B]: the loss whose gradient a row stands for: here the mean over its tokens."""
-        return batch.token_mean(-batch.output.log_probs)
+
+def mean_losses(batch: ScoredBatch) -> Tensor:
+    """float32 [B]: the mean over each row's tokens that bear loss."""
+    return batch.token_mean(-batch.output.log_probs)
 
 
 def _finite(values: Tensor | RowGradients) -> Tensor:
@@ -129,11 +140,13 @@ def _finite(values: Tensor | RowGradients) -> Tensor:
 class ScoredBatch:
     """A chunk of B rows on its way through the model; what is asked for is computed, once."""
 
-    def __init__(self, scorer: Scorer, inputs: dict[str, Tensor], rows: Sequence[int], ids: Sequence[int]) -> None:
+    def __init__(
+        self, scorer: Scorer, inputs: dict[str, Tensor], rows: Sequence[int], ids: Sequence[int] | None
+    ) -> None:
         """rows: the rows' places among the candidates. ids: in the data set."""
         self.scorer, self.parts, self.head = scorer, scorer.parts, scorer.head
         self.rows, self.ids = rows, ids
-        self.labels = inputs["labels"]
+        self.labels, self.given = inputs["labels"], inputs
         self.inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         self._sites: dict[int, tuple[Tensor, Tensor]] = {}  # site -> what goes in, what comes out
 
@@ -163,7 +176,7 @@ class ScoredBatch:
         """[B, T, V]; for heads that are not linear."""
         with self.scorer.precision():
             found: Tensor = self.scorer.model(**self.inputs, use_cache=False).logits
-        return found
+        return found / self.scorer.temperature
 
     @functools.cached_property
     def losses(self) -> Tensor:
@@ -239,7 +252,7 @@ class ScoredBatch:
             columns = self.parts.sites[index].columns
             return output + shift if columns is None else output.index_add(-1, columns.to(output.device), shift)
 
-        moved = ScoredBatch(self.scorer, self.inputs | {"labels": self.labels}, self.rows, self.ids)
+        moved = ScoredBatch(self.scorer, self.given, self.rows, self.ids)
         with ExitStack() as hooks:
             hooks.enter_context(_only_last_block(self.parts))
             replay = self.parts.block.register_forward_pre_hook(lambda *_: self._block_input, with_kwargs=True)
@@ -269,9 +282,9 @@ class ScoredBatch:
 class Head:
     """The model's head, and what follows from its weights alone: computed at most once a scoring pass."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, temperature: float) -> None:
         self.module = parts.head
-        self.is_linear, self.scale = parts.linear_head, parts.logit_scale
+        self.is_linear, self.scale = parts.linear_head, parts.logit_scale / temperature
         self._gram: Tensor | None = None
         self._folded: dict[Embedding, Tensor] = {}
         self._projections: dict[Embedding, logits.Projection] = {}
@@ -316,7 +329,7 @@ class Head:
 class Reference:
     """A frozen model whose losses rows are compared with; a row is measured when it is first a candidate."""
 
-    def __init__(self, path: str, policy: nn.Module, device: torch.device) -> None:
+    def __init__(self, path: str, policy: nn.Module, device: torch.device, temperature: float) -> None:
         with whole_model():
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         ours, theirs = (m.config.get_text_config().vocab_size for m in (policy, self.model))  # type: ignore[union-attr, operator]
@@ -326,11 +339,14 @@ class Reference:
                 "its loss on the same tokens means nothing; write a reference with the same tokenizer"
             )
         self.model.requires_grad_(False).eval().to(device)
-        add_fused_lm_head(self.model)
+        add_fused_lm_head(self.model, temperature)
         self.known: dict[int, float] = {}
 
     def losses(self, batch: ScoredBatch) -> Tensor:
         """float32 [B]"""
+        if batch.ids is None:
+            output = self.model(**batch.inputs, labels=batch.labels, fused_lm_head=True)
+            return batch.token_mean(-output.log_probs).detach()
         if any(row not in self.known for row in batch.ids):
             output = self.model(**batch.inputs, labels=batch.labels, fused_lm_head=True)
             self.known |= zip(batch.ids, batch.token_mean(-output.log_probs).tolist(), strict=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
-from siftrl.recipe import GRPOStage, Recipe, SFTStage
+from siftrl.recipe import AnyStage, GRPOStage, Recipe
 from siftrl.recipe_checks import gym_families, gym_settings, known_rows
 
 _WIDTH = 110
@@ -18,16 +18,14 @@ _HOW = {
 }
 
 
-def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int | None = None) -> str:
+def arithmetic_text(recipe: Recipe, stage: AnyStage, num_ranks: int | None = None) -> str:
     """A stage's batch arithmetic, one number a line, with how it comes about."""
     numbers = batch_arithmetic(stage, num_ranks or world_size(), known_rows(recipe.data_of(stage)))
     per_rank = f"{numbers.rows_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
     lines: list[tuple[str, object, str]] = []
-    if isinstance(stage, SFTStage) and numbers.rows_kept is not None:
-        per_rank = f"{numbers.kept_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
-        lines += [("rows read a step", numbers.rows, ""), ("rows trained on", numbers.rows_kept, _chain(stage))]
-    elif isinstance(stage, SFTStage):
-        lines += [("rows a step", numbers.rows, "")]
+    what = {"sft": "rows", "dpo": "pairs", "grpo": "completions"}[stage.kind]
+    if not isinstance(stage, GRPOStage):
+        lines += [(f"{what} read a step" if stage.batch_selectors else f"{what} a step", numbers.rows, "")]
     else:
         selector = stage.prompt_selector
         options = selector.options if selector else {}
@@ -38,6 +36,9 @@ def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int 
             ("prompts kept", numbers.prompts_kept, ""),
             ("completions a step", numbers.rows, f"{numbers.completions_per_prompt} for each prompt"),
         ]
+    if numbers.rows_kept is not None:
+        per_rank = f"{numbers.kept_per_rank} a rank / micro_batch_size {numbers.micro_batch_size}"
+        lines.append((f"{what} trained on", numbers.rows_kept, _chain(stage, numbers.rows)))
     lines += [
         ("ranks", numbers.world_size, ""),
         ("micro-batches a rank", numbers.micro_batches_per_rank, per_rank),
@@ -51,11 +52,11 @@ def arithmetic_text(recipe: Recipe, stage: SFTStage | GRPOStage, num_ranks: int 
     return "\n".join([heading, *(f"  {name:<22}{value!s:>9}  {note}".rstrip() for name, value, note in lines)])
 
 
-def _chain(stage: SFTStage) -> str:
+def _chain(stage: AnyStage, rows: int) -> str:
     """What each batch selector of a step keeps: "64 -> utility_diversity 48 -> gradient_coreset 32"."""
-    kept = kept_rows(stage.rows_per_step, [selector.keep for selector in stage.batch_selectors])
-    links = [f"{selector.name} {rows}" for selector, rows in zip(stage.batch_selectors, kept, strict=True)]
-    return " -> ".join([str(stage.rows_per_step), *links])
+    kept = kept_rows(rows, [selector.keep for selector in stage.batch_selectors])
+    links = [f"{selector.name} {count}" for selector, count in zip(stage.batch_selectors, kept, strict=True)]
+    return " -> ".join([str(rows), *links])
 
 
 def plugins_text(kind: plugins.Kind) -> str:
@@ -63,7 +64,8 @@ def plugins_text(kind: plugins.Kind) -> str:
     blocks = []
     for name in plugins.names(kind):
         plugin, options = plugins.describe(kind, name)
-        role = f" ({plugin.role} selector)" if kind == "selector" else ""
+        only = ", grpo only" if plugin.reads_rewards else ""
+        role = f" ({plugin.role} selector{only})" if kind == "selector" else ""
         blocks.append("\n".join([f"{name}{role}", *_wrapped(plugin.summary, "  "), *_option_lines(options, "    ")]))
     return "\n\n".join([*blocks, f"In a recipe the {_HOW[kind]}.\nYour own: name: package.module:Name"])
 

@@ -1,5 +1,7 @@
 """What is measured of each row of a candidate batch, in one forward pass before anything is trained on.
 
+In GRPO a signal is that of the row's policy loss, so that it knows about the advantage (`Signal.of_policy`).
+
 A signal is a frozen dataclass: a selector lists those that it needs and finds each one's values under it,
 `signals[Loss()]`. Its `of` takes what it needs from a `ScoredBatch`, where everything is computed when first asked
 for, and once. So a selector that needs hidden states only never pays for the head, and only a value gradient takes a
@@ -36,6 +38,14 @@ class Signal(ABC):
         """A tensor with first dimension B (finite unless the row is bad), or a list of B `RowGradient`s."""
         ...
 
+    def of_policy(self, batch: ScoredBatch, advantages: Tensor) -> Any:
+        """The same of completions (grpo): what the policy loss makes of it, A (float [B]) times the row's own.
+
+        A figure counts by |A|: how much there is to learn, in either direction. A vector turns with A's sign.
+        """
+        values = self.of(batch)
+        return values * (advantages.abs() if values.dim() == 1 else advantages[:, None])
+
 
 @dataclass(frozen=True)
 class Loss(Signal):
@@ -44,7 +54,7 @@ class Loss(Signal):
     takes_output: ClassVar[bool] = True
 
     def of(self, batch: ScoredBatch) -> Tensor:
-        return batch.losses.detach()
+        return batch.token_mean(-batch.output.log_probs.detach())
 
 
 @dataclass(frozen=True)
@@ -147,3 +157,6 @@ class ValueGradient(Signal):
         if self.estimate == "exact":
             return batch.exact_gradients
         return batch.spsa_gradients(self)
+
+    def of_policy(self, batch: ScoredBatch, advantages: Tensor) -> list[RowGradient]:
+        return self.of(batch)  # the advantage is in the loss already, which the KL penalty may be part of too

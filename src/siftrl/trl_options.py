@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from siftrl.recipe_text import RecipeError, kind_of, near
 
-_BOTH = {
+_ALL = {
     "output_dir": "output.dir",
     "seed": "the recipe's `seed`",
     "data_seed": "the recipe's `seed`",
@@ -30,8 +30,9 @@ _BOTH = {
     "model_init_kwargs": "model.dtype, model.revision or model.attn_implementation",
 }
 OWNED: dict[str, dict[str, str]] = {
-    "sft": _BOTH | {"gradient_accumulation_steps": "rows_per_step and micro_batch_size"},
-    "grpo": _BOTH
+    "sft": _ALL | {"gradient_accumulation_steps": "rows_per_step and micro_batch_size"},
+    "dpo": _ALL | {"gradient_accumulation_steps": "rows_per_step and micro_batch_size"},
+    "grpo": _ALL
     | {
         "gradient_accumulation_steps": "prompts_per_step, micro_batch_size and optimizer_steps_per_rollout",
         "generation_batch_size": "prompts_per_step and completions_per_prompt",
@@ -79,7 +80,7 @@ def check_trainer_options(kind: str, options: Mapping[str, Any]) -> None:
     Raises RecipeError with the option as its key.
     """
     known = trl_options(kind)
-    config = {"sft": "SFTConfig", "grpo": "GRPOConfig"}[kind]
+    config = {"sft": "SFTConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}[kind]
     free = [name for name in known if name not in OWNED[kind]]
     for name, value in options.items():
         if name in OWNED[kind]:

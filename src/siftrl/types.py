@@ -128,6 +128,10 @@ class Signals:
     ids: int64 [B], each row's place in the data set: its identity for the whole run.
     source: B names (None where the row has none), or None without a source column.
     source_sizes: rows of each source in the whole data set.
+    shares: float [B], what each row counts in the batch's loss: 1 where that is a mean over rows; None: its
+        `num_tokens`, since it is a mean over tokens.
+    rewards, advantages: float [B], of completions (grpo); the reward is NaN where it is missing. groups: int64 [B],
+        completions of one prompt have the same number. None where rows are no completions.
     tensors: signal -> tensor with first dimension B, or `siftrl.gradients.RowGradients` of B rows.
     """
 
@@ -136,6 +140,10 @@ class Signals:
     ids: Tensor | None = None
     source: list[str | None] | None = None
     source_sizes: dict[str | None, int] | None = None
+    shares: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    groups: Tensor | None = None
     tensors: dict[Hashable, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -146,12 +154,20 @@ class Signals:
 
     def subset(self, rows: Tensor) -> Signals:
         """The rows at `rows` (int64 [b]), in that order."""
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
         return Signals(
             num_tokens=self.num_tokens[rows],
-            num_all_tokens=None if self.num_all_tokens is None else self.num_all_tokens[rows],
-            ids=None if self.ids is None else self.ids[rows],
+            num_all_tokens=of(self.num_all_tokens),
+            ids=of(self.ids),
             source=None if self.source is None else [self.source[row] for row in rows.tolist()],
             source_sizes=self.source_sizes,
+            shares=of(self.shares),
+            rewards=of(self.rewards),
+            advantages=of(self.advantages),
+            groups=of(self.groups),
             tensors={signal: values[rows] for signal, values in self.tensors.items()},
         )
 
@@ -162,6 +178,9 @@ class BatchSelector(Protocol):
     Subclass it as a dataclass whose fields are its recipe keys. Every rank calls `select` with the same signals and
     must choose the same rows: all randomness comes from `generator`, and no state may differ between ranks.
     """
+
+    reads_rewards: ClassVar[bool] = False
+    """Whether it reads rewards, advantages or groups: then it is for grpo stages only."""
 
     @property
     def needs(self) -> frozenset[Any]:

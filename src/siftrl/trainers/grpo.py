@@ -1,8 +1,9 @@
-"""GRPO with a prompt selector before the rollouts: a thin subclass of TRL's trainer.
+"""GRPO that chooses its prompts before the rollouts and its completions after them: a thin subclass of TRL's trainer.
 
-One generation step, top to bottom (`_generate_and_score_completions`):
+One generation step, top to bottom (`_generate_and_score_completions`, then `siftrl.trainers.completions`):
     draw candidates -> value model scores them -> selector keeps P -> engine rolls each out G times -> rewards ->
-    selector and value model see them -> groups the selector refuses are replaced by another round -> TRL's batch.
+    selector and value model see them -> groups the selector refuses are replaced by another round -> TRL's batch ->
+    its completions are scored -> batch selectors keep k, with weights -> dealt to ranks and micro-batches.
 Without a selector every hook below hands over to TRL unchanged, and the losses are TRL's bit for bit.
 """
 
@@ -18,15 +19,18 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainerCallback
+from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from siftrl import calibration, distributed, plugins, state, value
+from siftrl import calibration, distributed, lengths, plugins, state, value
 from siftrl.evaluate import evaluate, summarise
+from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.rollout import (
     ColocatedVLLM,
+    Completions,
     Engine,
     RolloutOptions,
     Sampling,
@@ -38,7 +42,8 @@ from siftrl.rollout import (
 from siftrl.run import Recorder
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
-from siftrl.types import Candidates, PromptSelector, Selection
+from siftrl.trainers.selected_completions import ROW, Chain, SelectedCompletionsMixin
+from siftrl.types import BatchSelector, Candidates, PromptSelector, Selection
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -61,45 +66,82 @@ class EpochRepeatSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
-    """TRL's `GRPOTrainer` with `prompt_selector=`; every other argument is TRL's.
+class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
+    """TRL's `GRPOTrainer` with `prompt_selector=` and `batch_selector=`; every other argument is TRL's.
+
+    With a batch selector `args` describes the rollouts: per_device_train_batch_size x steps_per_generation x ranks
+    completions are generated, rewarded, and compared in their groups. The kept ones are trained on in micro-batches of
+    at most per_device_train_batch_size rows and in as many optimizer steps as before: memory is what it was, and a
+    dropped completion costs nothing after its scoring.
 
     Args:
         prompt_selector: chooses the prompts of each step (see `siftrl.types.PromptSelector`); None: TRL's order.
+        batch_selector: chooses the completions that are trained on (see `siftrl.types.BatchSelector`), or a chain of
+            (selector, keep) pairs, each choosing from what the one before kept; None: all.
+        keep: a share of the completions (float), or their number over all ranks (int); for a chain, stated there. Where
+            all are kept they are trained on as TRL does, bit for bit.
+        source_column: the data's column that names each row's source, for selectors that keep a mixture balanced.
+        scoring_batch_size: rows of one forward pass of scoring; None: per_device_train_batch_size.
+        parts: where the model's last block, V projection and head are, if its structure does not tell.
+        max_overhead: share of a step's seconds that scoring and choosing may take (see `siftrl.budget`).
+        skip_zero_advantage: do not run completions that have no advantage, though they count in the loss's denominator:
+            they have no gradient. None: where a batch selector had to take some since too few have one; True: always;
+            False: never. They are always run where a KL penalty, an entropy bonus or a router's loss counts on them.
         rollout: seeds, the weight-sync probe and further vLLM arguments.
         recorder: where the audit log and the samples go; None: `args.output_dir`, once a selector is on.
 
     Raises:
-        ValueError: for a selector with bad settings, or a data set that the selector cannot index.
+        ValueError: for a selector with bad settings, a data set that the selector cannot index, and what cannot work
+            together with a batch selector.
     """
+
+    train_dataset: Any
 
     def __init__(
         self,
-        *args: Any,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *positional: Any,
         prompt_selector: PromptSelector | None = None,
+        batch_selector: BatchSelector | Chain | None = None,
+        keep: float | int = 0.5,
+        source_column: str | None = None,
+        scoring_batch_size: int | None = None,
+        parts: PartNames = BY_STRUCTURE,
+        max_overhead: float | None = None,
+        skip_zero_advantage: bool | None = None,
         rollout: RolloutOptions | None = None,
         recorder: Recorder | None = None,
         **kwargs: Any,
     ) -> None:
         self.rollout = rollout or RolloutOptions()
         self.prompt_selector = prompt_selector
+        wanted = args or GRPOConfig()
+        args = self._plan_rows(wanted, batch_selector, keep, skip_zero_advantage)
         self.rollouts = 0  # completions generated for training, over all ranks
         self.generated_tokens = 0  # their tokens
         self._turn = 0  # calls of the engine so far: part of each completion's seed
         self._group_rewards: Tensor | None = None
+        self._row_numbers: list[int] | None = None  # of this rank's completions under way, in the selection
+        self.lengths = lengths.ExpectedLength()
         self._train_sampler: EpochRepeatSampler | None = None
         with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
-            super().__init__(*args, **kwargs)
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder)
         self.seeded = self.rollout.seeded if self.rollout.seeded is not None else prompt_selector is not None
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)
+        if self.chain or skip_zero_advantage:
+            rows = scoring_batch_size or wanted.per_device_train_batch_size
+            self._set_up_rows(source_column, rows, parts, max_overhead)
         self.add_callback(_EpochTeller(self))
 
     def _build_vllm(self, **kwargs: Any) -> ColocatedVLLM:
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+        kwargs["max_num_seqs"] = self._rows_per_rank * kwargs["tensor_parallel_size"]  # rolled out, not trained on
         return ColocatedVLLM(engine_args={"dtype": dtype} | self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
@@ -155,8 +197,26 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         return hidden
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.prompt_selector is None or not self.model.training:
+        if not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        batch = self._selected_batch() if self.prompt_selector is not None else self._roll_out(inputs)
+        if self.row_selection is not None:
+            self._kept = self._keep_completions(batch)
+        return batch
+
+    def _roll_out(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch of this rank's rows; for batch selection with each one's reward and place in the data set."""
+        if self.row_selection is None:
+            return super()._generate_and_score_completions(data_rows)
+        ids, plain = self.take_ids(data_rows)
+        batch = super()._generate_and_score_completions(plain)
+        assert self._group_rewards is not None
+        rewards = self._group_rewards.flatten()[self.accelerator.process_index * len(ids) :][: len(ids)]
+        return batch | {"ids": ids, "rewards": rewards.to(ids.device)}
+
+    def _selected_batch(self) -> dict[str, Any]:
+        """The rollouts of prompts that the selector chose, in as many rounds as it asks for."""
+        assert self.prompt_selector is not None
         # TRL's loader only keeps time here: its rows were chosen one step ago, without the newest value model
         wanted = keep = self._prompts_per_step
         chosen: list[dict[str, Tensor]] = []
@@ -181,17 +241,26 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         assert self.prompt_selector is not None and self.recorder is not None
         with self.clock("propose"):
             candidates, selection = self.choose_prompts(keep)
-        repeated = [index for index in selection.indices.tolist() for _ in range(self.num_generations)]
-        share = len(repeated) // self.accelerator.num_processes
-        mine = repeated[self.accelerator.process_index * share :][:share]
-        batch = super()._generate_and_score_completions([dict(candidates.rows[index]) for index in mine])
-        rewards = self._group_rewards
-        assert rewards is not None
+            order = self._deal_prompts(candidates, selection)
+        group, share = self.num_generations, keep * self.num_generations // self.accelerator.num_processes
+        # completions keep the number that they have in the selection, whatever rank makes them: it is in their seed
+        numbers = [place * group + copy for place in order.tolist() for copy in range(group)]
+        self._row_numbers = numbers[self.accelerator.process_index * share :][:share]
+        chosen = [candidates.rows[index] for index in selection.indices.tolist()]
+        numbered = [dict(chosen[number // group]) for number in self._row_numbers]
+        if self.row_selection is not None:
+            ids = candidates.ids[selection.indices].tolist()
+            numbered = [row | {ROW: ids[n // group]} for row, n in zip(numbered, self._row_numbers, strict=True)]
+        batch = self._roll_out(numbered)
+        self._row_numbers = None
+        assert self._group_rewards is not None
+        rewards = torch.empty_like(self._group_rewards)
+        rewards[order] = self._group_rewards  # in the selection's order again
+        self._see_lengths(candidates, selection, order, batch)
         with self.clock("value_update"):
             self.prompt_selector.observe(candidates, selection, rewards)
             if self.value_model is not None:
-                kept = [candidates.rows[index] for index in selection.indices.tolist()]
-                figures = self.value_model.update(self._value_tokens(kept), rewards, self._policy_hidden())
+                figures = self.value_model.update(self._value_tokens(chosen), rewards, self._policy_hidden())
                 for name, figure in figures.items():
                     self._log_metric_value(f"value/{name}", figure)
         for name, figure in self.prompt_selector.metrics().items():
@@ -199,7 +268,29 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
-        return batch, self.prompt_selector.accept(rewards)
+        return batch, self.prompt_selector.accept(rewards)[order]
+
+    def _deal_prompts(self, candidates: Candidates, selection: Selection) -> Tensor:
+        """int64 [P]: the chosen prompts' places in the selection, rank by rank, so that ranks finish together; on each
+        rank those whose completions will be the longest come first, so that none is left over at the end."""
+        world = self.accelerator.num_processes
+        if len(selection.indices) % world:  # a group is shared by two ranks
+            return torch.arange(len(selection.indices))
+        expected = self.lengths.predict(*self._length_features(candidates, selection))
+        return torch.tensor([place for mine in lengths.deal_prompts(expected, world) for place in mine])
+
+    def _see_lengths(self, candidates: Candidates, selection: Selection, order: Tensor, batch: dict[str, Any]) -> None:
+        mine = batch["completion_mask"].sum(1).cpu()
+        everyone = torch.cat(distributed.gather_objects(mine)).view(-1, self.num_generations).double().mean(1)
+        means = torch.empty_like(everyone)
+        means[order] = everyone
+        self.lengths.observe(*self._length_features(candidates, selection), means)
+
+    def _length_features(self, candidates: Candidates, selection: Selection) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows = [candidates.rows[index] for index in selection.indices.tolist()]
+        tokens = torch.tensor([len(ids) for ids in self._tokenize_prompts([row["prompt"] for row in rows])[0]])
+        predicted = None if candidates.value is None else candidates.value.mean[selection.indices].cpu()
+        return candidates.ids[selection.indices], tokens, predicted
 
     # -- rounds: groups that a selector refuses are replaced ----------------------------------------------------
 
@@ -275,25 +366,39 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
             self._sync_engine()
         with self.clock("generate"):
             if seeded:
-                ids, logprobs = self._generate_seeded(prompt_ids)
+                made = self._generate_seeded(prompt_ids)
             else:
-                ids, logprobs = super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                made = Completions(
+                    *super()._generate_single_turn(
+                        prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                    )
                 )
         self._turn += 1
         if self.model.training:
-            counts = torch.tensor([len(ids), sum(map(len, ids))], dtype=torch.float64)
-            distributed.sum_([counts])
-            self.rollouts += int(counts[0])
-            self.generated_tokens += int(counts[1])
-        return ids, logprobs
+            self._count(prompt_ids, made)
+        logprobs: Any = made.logprobs
+        return made.ids, logprobs
 
-    def _generate_seeded(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], Any]:
+    def _count(self, prompt_ids: list[list[int]], made: Completions) -> None:
+        sizes = [len(ids) for ids in made.ids]
+        slots = min(made.slots or len(sizes), len(sizes))
+        figures = [len(sizes), sum(sizes), slots, sum(map(len, prompt_ids)), made.prompt_tokens_cached or 0]
+        counts = torch.tensor(figures, dtype=torch.float64)
+        distributed.sum_([counts])
+        rows, tokens, all_slots, prompt_tokens, cached = counts.tolist()
+        self.rollouts += int(rows)
+        self.generated_tokens += int(tokens)
+        # a step lasts until the slowest rank's last completion: the slots' token steps that no completion used
+        slowest = distributed.max_number(lengths.makespan(sizes, slots))
+        self._log_metric_value("rollout/idle_tail", 1 - tokens / max(all_slots * slowest, 1))
+        if made.prompt_tokens_cached is not None:
+            self._log_metric_value("rollout/prefix_hits", cached / max(prompt_tokens, 1))
+
+    def _generate_seeded(self, prompt_ids: list[list[int]]) -> Completions:
         first = self.accelerator.process_index * len(prompt_ids)
-        seeds = row_seeds(self.args.seed, self._turn, rows=range(first, first + len(prompt_ids)))
+        rows = self._row_numbers or range(first, first + len(prompt_ids))
         with self.rollout_engine() as engine:
-            completions = engine.generate(prompt_ids, self._sampling(), seeds)
-        return completions.ids, completions.logprobs
+            return engine.generate(prompt_ids, self._sampling(), row_seeds(self.args.seed, self._turn, rows=rows))
 
     def _sync_engine(self) -> None:
         """Bring the policy's weights to vLLM, once a step, and make sure that they arrived."""
@@ -423,6 +528,7 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
                 "stream": self.prompt_stream.state_dict(),
                 "generator": self.selection_generator.get_state(),
                 "selector": self.prompt_selector.state_dict(),
+                "lengths": self.lengths.state_dict(),
                 "value_model": self.value_model.state() if self.value_model is not None else None,
             }
         return saved
@@ -445,6 +551,7 @@ class GRPOTrainer(SiftMixin, TRLGRPOTrainer):
         self.prompt_stream.load_state_dict(saved["stream"])
         self.selection_generator.set_state(saved["generator"])
         self.prompt_selector.load_state_dict(saved["selector"])
+        self.lengths.load_state_dict(saved["lengths"])
         if self.value_model is not None:
             self.value_model.load_state(saved["value_model"])
 

@@ -1,0 +1,273 @@
+"""What GRPO does with a rollout before it trains on it: score the completions, keep some, and deal those.
+
+From TRL's generation batch (`_keep_completions`):
+    all ranks' completions -> those with an advantage are scored -> each selector of the chain keeps some -> dealt to
+    optimizer steps, ranks and micro-batches by length -> TRL's loss of each, its rows' gradients weighted.
+Without a selector every hook below hands over to TRL unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from trl import GRPOConfig
+
+from siftrl import batch_selection, distributed, plugins, policy
+from siftrl.batch_arithmetic import kept_rows
+from siftrl.parts import PartNames
+from siftrl.row_selection import RowSelection, check_chain
+from siftrl.run import Clock, Recorder
+from siftrl.scoring import Scorer
+from siftrl.trainers import completions
+from siftrl.trainers import rows as row_ops
+from siftrl.types import BatchSelector
+
+Chain = Sequence[tuple[BatchSelector, float | int]]
+ROW = "siftrl_row"
+"""A column that says which row of the data set it is; taken out before a reward sees it."""
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """A data set whose rows know their place."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], ROW: index}
+
+
+class SelectedCompletionsMixin:
+    """Put before `SiftMixin` in the bases.
+
+    Before TRL's constructor call `_plan_rows`, and after it `_init_sift` and, where there is a chain, `_set_up_rows`.
+    """
+
+    accelerator: Any
+    args: Any
+    clock: Clock
+    model: Any
+    recorder: Recorder | None
+    state: Any
+    train_dataset: Any
+    # TRL's
+    aux_loss_enabled: bool
+    beta: float
+    epsilon_high: float
+    get_gamma_weights: Any
+    loss_type: str
+    num_generations: int
+    temperature: float
+    _buffered_inputs: list[dict[str, Any]] | None
+    _entropy_bonus_enabled: bool
+    _get_dataloader: Any
+    _get_train_sampler: Any
+    _log_metric_value: Any
+    _step: int
+    _tokenizer: Any
+
+    def _plan_rows(
+        self,
+        args: GRPOConfig,
+        batch_selector: BatchSelector | Chain | None,
+        keep: float | int,
+        skip_zero_advantage: bool | None,
+    ) -> GRPOConfig:
+        """`args` as TRL's trainer gets them: those of the completions that are kept."""
+        self.row_selection: RowSelection | None = None
+        self.skip_zero_advantage = skip_zero_advantage
+        self._rows_per_rank = args.generation_batch_size // args.world_size
+        self._row_scales: Tensor | None = None  # of the micro-batch under way
+        self._kept: list[dict[str, Any]] | None = None
+        self.chain = [] if batch_selector is None else batch_selection.links(batch_selector, keep)
+        if not self.chain:
+            return args
+        _check(self.chain, args)
+        planned = completions.for_kept_rows(args, [link.keep for link in self.chain])
+        if planned is args:  # all are kept: TRL's own step
+            self.chain = []
+        return planned
+
+    def _set_up_rows(
+        self, source_column: str | None, scoring_batch_size: int, parts: PartNames, max_overhead: float | None
+    ) -> None:
+        data = self.train_dataset
+        if not isinstance(data, Dataset):
+            raise ValueError("batch_selector needs a data set that can be indexed: load it without streaming")
+        self._sources: list[str | None] | None = None
+        if source_column is not None:
+            if source_column not in data.column_names:
+                raise ValueError(f"source_column: there is no column {source_column!r} in the training data")
+            self._sources = [None if value is None else str(value) for value in data[source_column][:]]
+        self._source_sizes = None if self._sources is None else dict(Counter(self._sources))
+        if self.recorder is None:
+            self.recorder = Recorder(Path(self.args.output_dir), "grpo")
+        scorer = Scorer(
+            self.model,
+            frozenset().union(*(link.selector.needs for link in self.chain)),
+            lambda rows: policy.collate(rows, self._tokenizer.pad_token_id),
+            micro_batch_size=scoring_batch_size,
+            device=self.accelerator.device,
+            precision=self.accelerator.autocast,
+            names=parts,
+            row_losses=lambda batch: policy.scored_losses(batch, self.beta, self.args.use_bias_correction_kl),
+            temperature=self.temperature,
+        )
+        self.row_selection = RowSelection(
+            self.chain,
+            scorer,
+            seed=self.args.seed + 2,  # the prompt selector's is seed + 1
+            clock=self.clock,
+            recorder=self.recorder,
+            max_overhead=max_overhead,
+        )
+
+    def take_ids(self, data_rows: list[dict[str, Any]]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Places in the data set (int64 [n]) of rows that know theirs, and the rows without them."""
+        ids = torch.tensor([row[ROW] for row in data_rows], device=self.accelerator.device)
+        return ids, [{name: value for name, value in row.items() if name != ROW} for row in data_rows]
+
+    # -- one rollout --------------------------------------------------------------------------------------------
+
+    def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """This rank's micro-batches of the completions worth training on, of all ranks' rollouts."""
+        assert self.row_selection is not None
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # the rollout's end is not the selection's cost
+        with self.clock("select"):
+            step, group = self.state.global_step + 1, self.num_generations
+            rows = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
+            signals = completions.describe(rows, group, self.loss_type, self._sources, self._source_sizes)
+            teaches = completions.teaches(signals, group)
+            # rows without an advantage never take the place of one that has one
+            notes = [None if usable else "no advantage" for usable in teaches.tolist()]
+            selection, figures = self.row_selection.choose(
+                step, lambda place: self._scored_row(rows[place]), signals, teaches, notes, None
+            )
+            keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1] if self.chain else len(rows)
+            generator = self.row_selection.generator
+            whole = completions.fill(selection, (~teaches).nonzero().flatten(), keep, generator)
+            runs = teaches if self._skips else torch.ones_like(teaches)
+            layout = completions.Layout(
+                updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
+                micro_batches=min(self.args.gradient_accumulation_steps, self.args.steps_per_generation),
+                ranks=distributed.world_size(),
+            )
+            dealt = completions.micro_batches(rows, signals, whole, runs, layout, self.loss_type, generator)
+            figures |= {
+                "rows_run": float(runs[whole.indices].sum()),
+                "filled": (keep - len(selection.indices)) / keep,
+                "with_advantage": teaches.float().mean().item(),
+                "padding": completions.padding_share(dealt),
+            }
+            for name, figure in figures.items():
+                self._log_metric_value(f"batch/{name}", figure)
+            num_items = (signals.num_tokens[whole.indices] * whole.weights).sum()
+            pad, device = self._tokenizer.pad_token_id, self.accelerator.device
+            return [
+                completions.as_batch(mine, scales, num_items, pad, device) for mine, scales in dealt[distributed.rank()]
+            ]
+
+    @property
+    def _skips(self) -> bool:
+        """Whether completions without an advantage are left out of the passes."""
+        without_gradient = self.beta == 0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+        return without_gradient and self.skip_zero_advantage is not False
+
+    def _scored_row(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A completion as the scoring pass takes it, with what its tokens' policy gradient is multiplied by."""
+        corrections = row.get("importance_sampling_ratio", torch.ones(1)).float()
+        if self.loss_type == "cispo":
+            corrections = corrections * min(1.0, self.epsilon_high)
+        elif self.loss_type == "vespo" and "importance_sampling_ratio" in row:
+            mask = policy.loss_mask(row)[None]
+            ratios = corrections.masked_fill(~mask[0], 1.0)[None]
+            corrections = self.get_gamma_weights(
+                row["advantages"].view(1, 1),
+                torch.zeros_like(ratios),
+                mask,
+                ratios,
+                self.args.vespo_k_pos,
+                self.args.vespo_lambda_pos,
+                self.args.vespo_k_neg,
+                self.args.vespo_lambda_neg,
+            ).flatten()
+        return policy.as_row(row, corrections)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.row_selection is None:
+            return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
+        # TRL would read as many rows as are trained on
+        loader: DataLoader = self._get_dataloader(
+            dataset=_Numbered(self.train_dataset),
+            description="Training",
+            batch_size=self._rows_per_rank,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+        return loader
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+        if self._kept is not None:  # TRL has just generated, and buffered all completions
+            self._buffered_inputs, self._kept = self._kept, None
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        self._row_scales = inputs.get("row_scales")
+        try:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+        finally:
+            self._row_scales = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        log_probs, entropies, aux_loss = found
+        if self._row_scales is not None:
+            log_probs = policy.scale_gradient(log_probs, self._row_scales)
+            entropies = policy.scale_gradient(entropies, self._row_scales)
+        return log_probs, entropies, aux_loss
+
+    # -- records and checkpoints ------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.row_selection is not None and self.model.training:
+            logs |= self.row_selection.shares_since_log()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def sift_summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = super().sift_summary()  # type: ignore[misc]
+        return summary if self.row_selection is None else summary | {"selection": self.row_selection.summary()}
+
+    def sift_state(self) -> dict[str, Any]:
+        saved: dict[str, Any] = super().sift_state()  # type: ignore[misc]
+        return saved if self.row_selection is None else saved | {"rows": self.row_selection.state_dict()}
+
+    def load_sift_state(self, saved: dict[str, Any]) -> None:
+        super().load_sift_state(saved)  # type: ignore[misc]
+        check_chain(self.row_selection, saved.get("rows"))
+        if self.row_selection is not None:
+            self.row_selection.load_state_dict(saved["rows"])
+
+
+def _check(chain: Sequence[batch_selection.Link], args: GRPOConfig) -> None:
+    """Refuse what cannot work together with a batch selector, before anything is loaded."""
+    for link in chain:
+        if dataclasses.is_dataclass(link.selector):
+            plugins.check(link.selector)
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
+    if args.world_size > 1 and getattr(args, "parallelism_config", None) is not None:
+        raise ValueError("batch_selector does not work with parallelism_config: a rank must hold whole rows")

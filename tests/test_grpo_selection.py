@@ -1,0 +1,528 @@
+"""GRPO that trains on chosen completions: what is trained on, how it is counted, and how it fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import digit_share, grpo_args, letter_sum
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer as TRLGRPOTrainer
+
+from siftrl import plugins
+from siftrl.signals import Loss, ValueGradient
+from siftrl.trainers import rows as row_ops
+from siftrl.trainers.grpo import GRPOTrainer
+from siftrl.types import BatchSelector, Selection, Signals
+
+
+@dataclass
+class First(BatchSelector):
+    """Keeps the first rows that it is given, with weights 1, 2, 3, ... where asked for; remembers both."""
+
+    weigh: bool = False
+
+    def __post_init__(self) -> None:
+        self.seen: list[Signals] = []
+        self.kept: list[Selection] = []
+
+    @property
+    def weighted(self) -> bool:
+        return self.weigh
+
+    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
+        self.seen.append(signals)
+        weights = torch.arange(1.0, keep + 1) if self.weigh else None
+        self.kept.append(Selection.of(torch.arange(keep), len(signals), weights=weights))
+        return self.kept[-1]
+
+
+@dataclass
+class FirstByLoss(First):
+    """The same, but asks for a signal."""
+
+    needs: ClassVar[frozenset[Any]] = frozenset({Loss()})
+
+
+class Watching(GRPOTrainer):
+    """Keeps the rows of every rollout, and the micro-batches made of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.rollout_rows: list[list[dict[str, Tensor]]] = []
+        self.batches: list[list[dict[str, Any]]] = []
+        super().__init__(*args, **kwargs)
+
+    def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        self.rollout_rows.append(row_ops.split(batch))
+        self.batches.append(super()._keep_completions(batch))
+        return self.batches[-1]
+
+
+def small_first(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
+    """The same for all completions of a prompt, unless its first digit is below 4."""
+    return [float(text[:1] > "a") if prompt < "4" else 0.1 for text, prompt in zip(completions, prompts, strict=True)]
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[f"batch/{name}"] for entry in trainer.state.log_history if f"batch/{name}" in entry]
+
+
+def selector(name: str, **options: Any) -> Any:
+    return plugins.load("selector", name, options)
+
+
+def build(model: Any, folder: Path, data: Any, batch_selector: Any, kind: Any = GRPOTrainer, **changes: Any) -> Any:
+    ours = ("keep", "source_column", "scoring_batch_size", "skip_zero_advantage", "prompt_selector", "max_overhead")
+    options = {name: changes.pop(name) for name in ours if name in changes}
+    reward = changes.pop("reward", digit_share)
+    return kind(
+        model, reward, grpo_args(folder, **changes), train_dataset=data, batch_selector=batch_selector, **options
+    )
+
+
+# ------------------------------------------------------------------------------------------------ each loss, by hand
+
+
+def log_probs(model: Any, row: dict[str, Tensor], temperature: float) -> Tensor:
+    """float64 [n]: of the completion's tokens."""
+    ids = torch.cat([row["prompt_ids"], row["completion_ids"]])
+    scores = (model(input_ids=ids[None]).logits[0, :-1].double() / temperature).log_softmax(-1)
+    return scores.gather(1, ids[1:, None])[len(row["prompt_ids"]) - 1 :, 0]
+
+
+def token_losses(now: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, kind: str, args: Any) -> Tensor:
+    """float64 [n]: the published losses, one completion's tokens."""
+    ratio = torch.exp(now - old)
+    if args.importance_sampling_level == "sequence":
+        ratio = torch.exp((now - old).mean()).expand(len(now))
+    if kind == "cispo":  # MiniMax-M1: the clipped ratio is a constant
+        each = -ratio.clamp(max=args.epsilon_high).detach() * advantage * now
+    elif kind == "sapo":  # a soft gate
+        t = args.sapo_temperature_pos if advantage > 0 else args.sapo_temperature_neg
+        each = -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantage
+    elif kind == "vespo":  # phi(w) = exp(lambda) w^k exp(-lambda w), w the sequence's ratio
+        k, lam = (
+            (args.vespo_k_pos, args.vespo_lambda_pos) if advantage >= 0 else (args.vespo_k_neg, args.vespo_lambda_neg)
+        )
+        w = torch.exp((now - old).sum()).detach()
+        each = -(w**k * torch.exp(lam - lam * w)) * advantage * now
+    else:
+        clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon_high or args.epsilon))
+        each = -torch.minimum(ratio * advantage, clipped * advantage)
+    if args.beta:
+        penalty = torch.exp(reference - now) - (reference - now) - 1
+        each = each + args.beta * penalty * (ratio if args.use_bias_correction_kl else 1.0)
+    return each
+
+
+def step_loss(per_row: list[Tensor], weights: Tensor, kind: str, args: Any) -> Tensor:
+    """sum_i w_i l_i / sum_i w_i, l_i a mean or a sum over tokens; or sum_i w_i sum_t l_it / sum_i w_i n_i."""
+    sums = torch.stack([row.sum() for row in per_row])
+    lengths = torch.tensor([float(len(row)) for row in per_row])
+    if kind in ("grpo", "sapo"):
+        return (weights * sums / lengths).sum() / weights.sum()
+    if kind == "dr_grpo":
+        return (weights * sums).sum() / weights.sum() / args.max_completion_length
+    if kind == "luspo":
+        return (weights * sums).sum() / weights.sum()
+    return (weights * sums).sum() / (weights * lengths).sum()
+
+
+LOSSES: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {"beta": 0.5}),
+    ("grpo", {"importance_sampling_level": "sequence", "epsilon": 1e-3}),
+    ("dapo", {"epsilon": 1e-3, "epsilon_high": 2e-3}),
+    ("dapo", {"beta": 0.5, "use_bias_correction_kl": False}),
+    ("bnpo", {}),
+    ("dr_grpo", {}),
+    ("cispo", {"epsilon_high": 5.0}),
+    ("sapo", {}),
+    ("vespo", {}),
+    ("luspo", {"importance_sampling_level": "sequence"}),
+]
+
+
+@pytest.mark.parametrize("weigh", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    ("kind", "changes"), LOSSES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
+def test_the_selected_step_by_hand(
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str, changes: dict[str, Any], weigh: bool
+) -> None:
+    """12 of 16 completions in micro-batches of 4, 2 iterations: two steps of SGD, in the second ratios are not 1."""
+    chooser = First(weigh=weigh)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    hand, first = copy.deepcopy(model), copy.deepcopy(model)
+    trainer = build(
+        model,
+        tmp_path,
+        sums,
+        chooser,
+        Watching,
+        keep=12,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        num_iterations=2,
+        max_steps=2,
+        max_completion_length=24,
+        reward=letter_sum,
+        loss_type=kind,
+        optim="sgd",
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        learning_rate=0.05,
+        temperature=0.8,
+        **changes,
+    )
+    assert (trainer.args.gradient_accumulation_steps, trainer.args.per_device_train_batch_size) == (3, 4)
+    trainer.train()
+    kept = [trainer.rollout_rows[0][index] for index in teaching(chooser, trainer)]
+    weights = chooser.kept[0].weights.double()
+    assert len({len(row["completion_ids"]) for row in kept}) > 1
+    with torch.no_grad():
+        old = [log_probs(first, row, 0.8) for row in kept]
+    for _ in range(2):
+        per_row = [
+            token_losses(log_probs(hand, row, 0.8), before, before, row["advantages"].double(), kind, trainer.args)
+            for row, before in zip(kept, old, strict=True)
+        ]
+        hand.zero_grad()
+        step_loss(per_row, weights, kind, trainer.args).backward()
+        with torch.no_grad():
+            for parameter in hand.parameters():
+                parameter -= 0.05 * parameter.grad
+    moved = 0.0
+    for new, expected, before in zip(model.parameters(), hand.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(new, expected, atol=2e-6, rtol=1e-4)
+        moved = max(moved, (expected - before).abs().max().item())
+    assert moved > 1e-4
+
+
+def teaching(chooser: First, trainer: Watching, step: int = 0) -> list[int]:
+    """Places of the chosen rows among all of the rollout: a selector is shown those that teach."""
+    seen = chooser.seen[step]
+    rows = trainer.rollout_rows[step]
+    places = [index for index, row in enumerate(rows) if abs(row["advantages"].item()) > 1e-6]
+    assert len(places) == len(seen)
+    return [places[index] for index in chooser.kept[step].indices.tolist()]
+
+
+def run(trainer: Any) -> Any:
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"])
+def test_keeping_all_completions_is_trls_step_bit_for_bit(
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str
+) -> None:
+    changes = {"loss_type": kind, "num_iterations": 2, "max_steps": 4}
+    args = grpo_args(tmp_path / "trl", **changes)
+    theirs = run(TRLGRPOTrainer(model=tiny_model, reward_funcs=small_first, args=args, train_dataset=sums))
+    ours = run(build(tiny_model, tmp_path / "ours", sums, First(), keep=1.0, reward=small_first, **changes))
+    assert losses(ours) == losses(theirs) and any(losses(theirs))
+    for mine, yours in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(mine, yours)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_skipped_completions_count_though_they_are_not_run(
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str
+) -> None:
+    """TRL's step, without the passes of completions that have no advantage: the same gradient up to rounding.
+
+    One micro-batch, since bnpo divides by the tokens of each: here by the step's.
+    """
+    changes = {
+        "loss_type": kind,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "reward": small_first,
+    }
+    whole = run(build(tiny_model, tmp_path / "whole", sums, None, **changes))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    before = copy.deepcopy(model)
+    seen: list[int] = []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: None if kwargs.get("use_cache") else seen.append(len(kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    trainer = run(build(model, tmp_path / "part", sums, None, Watching, skip_zero_advantage=True, **changes))
+    effective = [abs(row["advantages"].item()) > 1e-6 for row in trainer.rollout_rows[0]]
+    assert 0 < sum(effective) < 16
+    assert seen == [sum(effective)]
+    assert logged(trainer, "rows_run") == [sum(effective)]
+    moved = 0.0
+    parameters = zip(model.parameters(), whole.model.parameters(), before.parameters(), strict=True)
+    for new, expected, old in parameters:
+        torch.testing.assert_close(new, expected, atol=1e-6, rtol=1e-4)
+        moved = max(moved, (expected - old).abs().max().item())
+    assert moved > 1e-4
+
+
+def test_no_advantage_anywhere_is_a_step_without_a_gradient(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """TRL's step has rounding noise for a gradient there, which Adam makes a step of full size of."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    before = copy.deepcopy(model)
+    trainer = build(
+        model, tmp_path, sums, First(), reward=lambda completions, **columns: [0.1] * len(completions), max_steps=2
+    )
+    trainer.train()
+    assert logged(trainer, "rows_run") == [0, 0] and logged(trainer, "with_advantage") == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
+
+
+def test_rows_without_an_advantage_take_no_ones_place(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """14 of 16 are kept: all that have an advantage, and others only because they are too few; those are not run."""
+    chooser = First()
+    trainer = run(
+        build(
+            tiny_model,
+            tmp_path,
+            sums,
+            chooser,
+            Watching,
+            keep=14,
+            reward=small_first,
+            max_steps=3,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=1,
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    mixed: list[bool] = []
+    for rows, line, batches in zip(trainer.rollout_rows, lines, trainer.batches, strict=True):
+        advantages = [row["advantages"].item() for row in rows]
+        taught = {index for index, advantage in enumerate(advantages) if abs(advantage) > 1e-6}
+        mixed.append(0 < len(taught) < 14)
+        if not taught:  # see the test above
+            continue
+        chosen = {index for index, row in enumerate(line["completions"]) if row["chosen"]}
+        assert chosen == taught
+        assert all(row["why"] == "no advantage" for row in line["completions"] if not row["chosen"])
+        assert [row["advantage"] for row in line["completions"]] == pytest.approx(advantages, rel=1e-4)
+        assert [sums[row["id"]]["prompt"] for row in line["completions"]] == decoded(trainer, rows)
+        (batch,) = batches
+        assert len(batch["advantages"]) == len(taught)
+        assert batch["num_items_in_batch"] >= batch["completion_mask"].sum()
+    assert any(mixed)
+
+
+def decoded(trainer: Any, rows: list[dict[str, Tensor]]) -> list[str]:
+    return trainer.processing_class.batch_decode([row["prompt_ids"] for row in rows], skip_special_tokens=True)
+
+
+def test_a_kl_penalty_has_every_kept_completion_run(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    trainer = run(
+        build(tiny_model, tmp_path, sums, First(), Watching, keep=0.5, reward=small_first, beta=0.1, max_steps=2)
+    )
+    assert logged(trainer, "rows_run") == [8, 8]
+    assert all(sum(len(batch["advantages"]) for batch in batches) == 8 for batches in trainer.batches)
+
+
+def test_dropped_completions_get_no_pass(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """Of 16 completions all that have an advantage are scored, without gradient, and 4 are trained on."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    passes = {True: 0, False: 0}
+
+    def count(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if not kwargs.get("use_cache") and kwargs["input_ids"].shape != (
+            2,
+            8,
+        ):  # generation, and the probe of the parts
+            passes[module.training] += len(kwargs["input_ids"])
+
+    model.model.register_forward_hook(count, with_kwargs=True)
+    trainer = run(build(model, tmp_path, sums, FirstByLoss(), keep=4, reward=letter_sum))
+    assert passes == {True: 12, False: 48}
+    assert logged(trainer, "rows_read") == logged(trainer, "rows_scored") == [16] * 3
+    assert logged(trainer, "rows_trained") == [4] * 3
+    assert trainer.sift_summary()["selection"]["rows_trained"] == 12
+    assert trainer.rollouts == 48
+
+
+def test_free_selectors_before_it_spare_the_scoring(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """8 of 16 survive the first selector, so 8 are scored."""
+    chooser = FirstByLoss()
+    trainer = run(build(tiny_model, tmp_path, sums, [(First(), 0.5), (chooser, 0.5)], reward=letter_sum))
+    assert logged(trainer, "rows_scored") == [8] * 3 and logged(trainer, "rows_trained") == [4] * 3
+    assert [len(signals) for signals in chooser.seen] == [8] * 3
+
+
+def test_optimizer_steps_of_one_rollout(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """4 micro-batches of 4 in 2 optimizer steps become 2 of 4 in 2; each kept row is in one of them, twice over."""
+    chooser = First()
+    trainer = run(
+        build(
+            tiny_model,
+            tmp_path,
+            sums,
+            chooser,
+            Watching,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            num_iterations=2,
+            max_steps=8,
+            reward=letter_sum,
+        )
+    )
+    args = trainer.args
+    assert (args.gradient_accumulation_steps, args.steps_per_generation, args.generation_batch_size) == (1, 2, 16)
+    assert len(chooser.seen) == 2  # 2 optimizer steps x 2 iterations a rollout
+    for step, batches in enumerate(trainer.batches):
+        kept = [trainer.rollout_rows[step][index]["advantages"].item() for index in teaching(chooser, trainer, step)]
+        assert [len(batch["advantages"]) for batch in batches] == [4, 4]
+        assert sorted(torch.cat([batch["advantages"] for batch in batches]).tolist()) == sorted(kept)
+
+
+@pytest.mark.parametrize("save", [2, 3])
+def test_resuming_is_exact(tiny_model: str, sums: Any, tmp_path: Path, save: int) -> None:
+    """All three selections; step 3 is in the middle of a rollout."""
+
+    def start(folder: str, checkpoint: Path | None = None) -> Any:
+        chain = [(selector("utility_diversity"), 12), (selector("gradient_coreset"), 8)]
+        trainer = build(
+            tiny_model,
+            tmp_path / folder,
+            sums,
+            chain,
+            prompt_selector=selector("prompt_curriculum", fallback=False),
+            reward=letter_sum,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=save,
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trainer
+
+    whole = start("whole")
+    resumed = start("resumed", tmp_path / "whole" / f"checkpoint-{save}")
+    assert losses(resumed)[-(6 - save) :] == losses(whole)[-(6 - save) :]
+    for mine, yours in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(mine, yours)
+    logs = [(tmp_path / folder / "selection.jsonl").read_text().splitlines() for folder in ("whole", "resumed")]
+    assert logs[1] and logs[0][-len(logs[1]) :] == logs[1]
+    assert whole.sift_summary()["selection"]["rows_trained"] == resumed.sift_summary()["selection"]["rows_trained"]
+    with pytest.raises(ValueError, match="written with batch_selector utility_diversity -> gradient_coreset, this run"):
+        args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        trainer = build(
+            tiny_model, tmp_path / "other", sums, None, prompt_selector=selector("prompt_curriculum"), **args
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{save}"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keep": 7}, r"7 of 8 completions .* keep 4 or 8"),
+        ({"keep": 17}, "batch_selector: 17 rows are more than the 8"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 6, "keep": 8}, "one must be a multiple"),
+        ({"source_column": "family"}, "there is no column 'family'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(
+    tiny_model: str, sums: Any, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        build(tiny_model, tmp_path, sums, First(), per_device_train_batch_size=4, **changes)
+
+
+# ----------------------------------------------------------------------------------- what the signals say of a policy
+
+
+@dataclass
+class Asking(First):
+    needs: ClassVar[frozenset[Any]] = frozenset({ValueGradient()})
+
+
+class Comparing(GRPOTrainer):
+    """Compares each row's signal with autograd of TRL's own loss of that row alone; collects their norms' ratios."""
+
+    ratios: list[Tensor]
+
+    def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        kept = super()._keep_completions(batch)
+        signals = self.chain[0].selector.seen[-1]
+        rows = [row for row in row_ops.split(batch) if row["advantages"].abs() > 1e-6]
+        assert len(rows) == len(signals)
+        value = self.model.model.layers[-1].self_attn.v_proj.weight
+        for place, row in enumerate(rows):
+            one = row_ops.join([row], 0, torch.device("cpu")) | {"num_items_in_batch": torch.tensor(1.0)}
+            loss = self._compute_loss(self.model, one)
+            if self.loss_type in ("dapo", "cispo"):
+                loss = loss / len(row["completion_ids"])
+            expected = torch.autograd.grad(loss, value)[0].flatten()
+            mine = signals[ValueGradient()].at(torch.arange(len(expected)), torch.tensor([place]))[0]
+            assert torch.cosine_similarity(mine, expected, dim=0) > 1 - 1e-5
+            self.ratios.append(expected.norm() / mine.norm())
+        return kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("grpo", {"beta": 0.3}), ("dapo", {}), ("cispo", {"epsilon_high": 5.0}), ("sapo", {})]
+)
+def test_the_scored_gradient_is_that_of_trls_loss(
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-2, "max_completion_length": 12, "max_grad_norm": 0}
+    trainer = build(
+        tiny_model,
+        tmp_path,
+        sums,
+        Asking(),
+        Comparing,
+        reward=letter_sum,
+        loss_type=kind,
+        temperature=0.7,
+        **options,
+        **changes,
+    )
+    trainer.ratios = []
+    trainer.train()
+    ratios = torch.stack(trainer.ratios)  # one factor for all rows: what TRL divides by
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-3, atol=0)
+
+
+def test_figures_count_by_the_advantage(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """Loss: |A| times the mean over tokens of -log p."""
+    chooser = FirstByLoss()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    before = copy.deepcopy(model)
+    trainer = run(build(model, tmp_path, sums, chooser, Watching, reward=letter_sum, max_steps=1, temperature=0.5))
+    rows = [trainer.rollout_rows[0][index] for index in teaching(chooser, trainer)]
+    with torch.no_grad():
+        expected = [row["advantages"].abs() * -log_probs(before, row, 0.5).mean() for row in rows]
+    torch.testing.assert_close(chooser.seen[0][Loss()][:8].double(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_the_budget_stops_the_scoring_and_says_so_once(
+    tiny_model: str, sums: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thousandth of a step is too little for any: after the steps that measure, rows are taken at random."""
+    trainer = run(build(tiny_model, tmp_path, sums, FirstByLoss(), max_overhead=1e-3, max_steps=8, reward=letter_sum))
+    scored = logged(trainer, "rows_scored")
+    assert scored[:2] == [16, 16] and scored[-1] == 0
+    assert logged(trainer, "rows_trained") == [8] * 8
+    said = [record.message for record in caplog.records if "max_overhead" in record.message]
+    assert len(said) == 1 and "more than 0%" in said[0]
+    shares = logged(trainer, "share_of_time")
+    assert len(shares) == 8 and shares[-1] < shares[1]
