@@ -1,4 +1,4 @@
-"""The arithmetic of `bench_batch_selection.py`, and each of its commands once in its `--smoke` setting."""
+"""The arithmetic of the benchmarks of batch selection, and each command once in its `--smoke` setting."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_batch_learning  # noqa: E402
 import bench_coreset  # noqa: E402
+import bench_policy_coreset  # noqa: E402
 import bench_score  # noqa: E402
 
 from siftrl.coreset import facility_location  # noqa: E402
 from siftrl.logits import Projection  # noqa: E402
-from siftrl.types import Signals  # noqa: E402
+from siftrl.types import Selection, Signals  # noqa: E402
 
 MIB = 2**20
 
@@ -177,6 +178,52 @@ def test_coreset_judges_every_method_early_and_late(tmp_path: Path) -> None:
     late = {one["method"]: one["batches"] for one in raw["phases"][1]["quality"]}["uniform"]
     row = [row for row in cells if row[0] == "uniform"][1]
     assert row[2].startswith(f"{(late[0]['cosine'] + late[1]['cosine']) / 2:.3f} ± ")
+
+
+def test_completions_are_compared_by_what_they_count_in_the_loss() -> None:
+    """g_1 = (1, 0), g_2 = (0, 2), g_3 = 0, without an advantage, of 3, 1 and 4 tokens. Row 2 alone is, by rows, (0, 2)
+    for (1/2, 1), by tokens for (3/4, 1/2). V sees the second coordinate only."""
+    gradients = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]).double()
+    value = gradients[:, 1:]
+    signals = Signals(num_tokens=torch.tensor([3, 1, 4]), advantages=torch.tensor([1.0, -1.0, 0.0]))
+    rollout = bench_policy_coreset.Rollout(signals, value, (gradients @ gradients.T, value @ value.T))
+    selection = Selection.of(torch.tensor([1]), 3)
+    for loss, (first, second) in {"rows": (0.5, 1.0), "tokens": (0.75, 0.5)}.items():
+        found, norm = bench_policy_coreset.against_all(rollout.counting(loss), selection), math.hypot(first, second)
+        expected = {"cosine": second / norm, "error": math.hypot(first, 2 - second) / norm}
+        assert found == pytest.approx(expected | {"value_cosine": 1, "value_error": (2 - second) / second})
+
+
+def test_the_first_rollout_of_completions_stands_apart() -> None:
+    """Per model the mean of the later rollouts: (2 + 4) / 2 and (4 + 6) / 2, which are 4 ± 1."""
+    runs = []
+    for errors in ([10.0, 2.0, 4.0], [20.0, 4.0, 6.0]):
+        rollouts = [dict.fromkeys(bench_policy_coreset.FIGURES, error) for error in errors]
+        one = {"loss": "rows", "keep": 0.5, "method": "uniform_rows", "rollouts": rollouts}
+        runs.append({"quality": [one, one | {"loss": "tokens"}, one | {"keep": 0.25}, one | {"method": "other"}]})
+    cells = bench_policy_coreset._cells(runs, "rows", 0.5, "uniform_rows")
+    assert cells == ["uniform_rows", "0.5", *["4.000 ± 1.000"] * 4, *["15.000 ± 5.000"] * 2]
+
+
+@pytest.mark.slow
+def test_untrained_models_completions_are_judged_by_every_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_policy_coreset, "_warm_up", lambda *_: pytest.fail("it is trained"))
+    figures = tmp_path / "figures.json"
+    arguments = ["--smoke", "--seeds", "3", "--untrained", "--loss", "tokens", "--json", str(figures)]
+    assert bench_policy_coreset.main(arguments) == 0
+    (run,) = json.loads(figures.read_text())["runs"]
+    assert run["seed"] == 3 and all(0 < usable <= 64 for usable in run["usable"])
+    assert all(0.02 < reward < 0.2 for reward in run["rewards"])  # 1 character in 10 is a digit, 1 in 100 the right one
+    judged = {(one["loss"], one["keep"], one["method"]): one["rollouts"] for one in run["quality"]}
+    assert list(judged) == [("tokens", keep, name) for keep in (0.5, 0.25) for name in bench_policy_coreset.METHODS]
+    assert all(len(rollouts) == 2 for rollouts in judged.values())
+    assert len({rollouts[0]["error"] for rollouts in judged.values()}) == len(judged)  # they do choose different rows
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| uniform", "| gradient"))]
+    half = judged["tokens", 0.5, "uniform_rows"]
+    assert len(printed) == 10 and printed[0].startswith(f"| uniform_rows | 0.5 | {half[1]['cosine']:.3f} ± nan |")
+    assert f" {half[0]['error']:.3f} ± nan | {half[0]['value_error']:.3f} ± nan |" in printed[0]
 
 
 def learnt(arm: str, losses: list[float], seconds: float) -> dict[str, Any]:

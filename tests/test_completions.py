@@ -47,6 +47,7 @@ def test_what_teaches() -> None:
     num_tokens = torch.tensor([5, 5, 5, 5, 5, 5, 5, 0, 5])
     signals = Signals(num_tokens, rewards=rewards, advantages=advantages)
     assert completions.teaches(signals, 3).tolist() == [False] * 3 + [True, False, True] + [True, False, False]
+    assert completions.teaches(signals, 3, of_totals=False).tolist()[:3] == [True] * 3
 
 
 def test_fill() -> None:

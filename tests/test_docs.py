@@ -320,7 +320,8 @@ def test_the_readmes_python_runs_as_it_stands(
     sft = namespace["sft"]
     assert (sft.state.global_step, sft.rows_read, sft.rows_trained) == (10, 640, 320)
     trainer = namespace["trainer"]
-    assert trainer.state.global_step == 20 and trainer.rollouts == 20 * 64
+    assert trainer.state.global_step == 20 and trainer.rollouts == trainer.row_selection.rows_read == 20 * 64
+    assert trainer.args.per_device_train_batch_size == 16  # of 64 completions 16 are trained on
     assert trainer.prompt_selector.target == pytest.approx(0.8 - 0.5 * 19 / 20)  # the override was in use
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ \d+ \w+ ", line)]
     assert len(printed) == 20 * 8 and {line[2] for line in printed} <= {"uniform", "score", "explore"}
@@ -374,21 +375,24 @@ def test_the_batch_selectors_shown_train_from_a_recipe(
     [("my_package.my_file:MySelector", "longest"), ("my_package.rarely_seen:RarelySeen", "rare")],
 )
 def test_the_selectors_shown_train_from_a_recipe(tiny_model: str, examples: Path, name: str, expected: str) -> None:
+    """A prompt selector with a reward and a batch selector of one's own; another reward differs among completions."""
     rows = [{"prompt": "+".join(["1"] * n) + "=", "answer": str(n)} for n in range(1, 13)]
     (examples / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    brevity = {"name": "my_package.rewards:brevity", "options": {"limit": 50}}
     (examples / "run.yaml").write_text(
         recipe.dump_yaml(
             {
                 "model": {"path": tiny_model},
                 "data": {"path": "data.jsonl"},
-                "rewards": ["exact_match", {"name": "my_package.rewards:brevity", "options": {"limit": 50}}],
+                "rewards": [brevity, {"name": "response_format", "options": {"pattern": "[a-z][^a-z]*"}}],
                 "stages": [
                     {
                         "kind": "grpo",
                         "prompts_per_step": 2,
-                        "completions_per_prompt": 2,
+                        "completions_per_prompt": 8,
                         "micro_batch_size": 4,
                         "prompt_selector": {"name": name, "candidates": 4},
+                        "batch_selector": {"name": "my_package.both_sides:BothSides", "keep": 4},
                         "rollout": {"max_completion_tokens": 4},
                         "trainer": {"max_steps": 3, "use_cpu": True, "disable_tqdm": True},
                     }
@@ -397,8 +401,10 @@ def test_the_selectors_shown_train_from_a_recipe(tiny_model: str, examples: Path
         )
     )
     assert cli.main(["train", "run.yaml"]) == 0
-    steps = [json.loads(line) for line in (examples / "runs" / "run" / "selection.jsonl").read_text().splitlines()]
-    assert len(steps) == 3
+    lines = [json.loads(line) for line in (examples / "runs" / "run" / "selection.jsonl").read_text().splitlines()]
+    steps, rollouts = ([line for line in lines if kind in line] for kind in ("candidates", "completions"))
+    assert len(steps) == len(rollouts) == 3
+    check_both_sides(rollouts)
     seen: list[int] = []
     for step in steps:
         kept = [c["id"] for c in step["candidates"] if c["chosen"]]
@@ -409,3 +415,16 @@ def test_the_selectors_shown_train_from_a_recipe(tiny_model: str, examples: Path
             assert sorted(seen.count(row) for row in kept) == sorted(times)[:2]
             assert all(c["why"] == "rare" for c in step["candidates"] if c["chosen"])
         seen += kept
+
+
+def check_both_sides(rollouts: list[dict[str, Any]]) -> None:
+    """2 of the 4 completions kept did better than their prompt's mean, as far as there are so many."""
+    balanced = 0
+    for rollout in rollouts:
+        advantages = [c["advantage"] for c in rollout["completions"] if c.get("why") != "no advantage"]
+        kept = [c["advantage"] for c in rollout["completions"] if c["chosen"]]
+        better, worse = (sorted((a for a in advantages if sign * a > 0), key=abs) for sign in (1, -1))
+        if min(len(better), len(worse)) >= 2:
+            assert sorted(kept) == sorted(better[-2:] + worse[-2:])
+            balanced += 1
+    assert balanced

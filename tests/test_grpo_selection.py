@@ -332,6 +332,9 @@ def test_a_kl_penalty_has_every_kept_completion_run(tiny_model: str, sums: Any, 
         build(tiny_model, tmp_path, sums, First(), Watching, keep=0.5, reward=small_first, beta=0.1, max_steps=2)
     )
     assert logged(trainer, "rows_run") == [8, 8]
+    lines = [json.loads(line)["completions"] for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    assert [sum(row["chosen"] for row in rows) for rows in lines] == [8, 8]
+    assert any(row.get("why") == "fill" and row["advantage"] == 0 for rows in lines for row in rows)
     assert all(sum(len(batch["advantages"]) for batch in batches) == 8 for batches in trainer.batches)
 
 
@@ -449,6 +452,23 @@ def test_what_cannot_work_is_said_before_training(
 # ----------------------------------------------------------------------------------- what the signals say of a policy
 
 
+def test_spsa_sees_the_policy_loss(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    """Slopes along random directions are those of the exact gradient."""
+    chooser = Probing()
+    run(build(tiny_model, tmp_path, sums, chooser, reward=letter_sum, max_steps=1, max_completion_length=12))
+    (signals,) = chooser.seen
+    exact, probed = (signals[signal].total(torch.eye(len(signals))) for signal in sorted(chooser.needs, key=repr))
+    assert exact.norm() > 0
+    # E[z z^T g] = g: over 64 directions of 64 x 64 numbers the estimates are noisy, but lie on g's side
+    cosines = torch.cosine_similarity(exact, probed, dim=1)
+    assert cosines.min() > 0.03 and cosines.mean() > 0.08, cosines
+
+
+@dataclass
+class Probing(First):
+    needs: ClassVar[frozenset[Any]] = frozenset({ValueGradient(), ValueGradient("spsa", perturbations=64)})
+
+
 @dataclass
 class Asking(First):
     needs: ClassVar[frozenset[Any]] = frozenset({ValueGradient()})
@@ -520,7 +540,7 @@ def test_the_budget_stops_the_scoring_and_says_so_once(
     """A thousandth of a step is too little for any: after the steps that measure, rows are taken at random."""
     trainer = run(build(tiny_model, tmp_path, sums, FirstByLoss(), max_overhead=1e-3, max_steps=8, reward=letter_sum))
     scored = logged(trainer, "rows_scored")
-    assert scored[:2] == [16, 16] and scored[-1] == 0
+    assert min(scored[:2]) > 12 and scored[-1] == 0  # all that have an advantage, then none
     assert logged(trainer, "rows_trained") == [8] * 8
     said = [record.message for record in caplog.records if "max_overhead" in record.message]
     assert len(said) == 1 and "more than 0%" in said[0]

@@ -12,18 +12,18 @@ from siftrl.policy import as_row, collate, counts_rows, row_losses, row_scale, s
 
 
 def test_row_losses_by_hand() -> None:
-    """Two rows of two and one tokens: -A c exp(0) + beta (exp(ref - logp) - (ref - logp) - 1), mean over tokens."""
+    """Two rows of two and one tokens: -A c logp + beta (exp(ref - logp) - (ref - logp) - 1), mean over tokens."""
     log_probs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     advantages, corrections = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.5], [1.0, 9.0]])
     reference = torch.tensor([[-1.0, -1.0], [-3.5, 9.0]])
     plain = row_losses(log_probs, mask, advantages, corrections)
-    assert plain.tolist() == [-(2 * 1 + 2 * 0.5) / 2, 1.0]
+    assert plain.tolist() == [(2 * 1 * 1 + 2 * 0.5 * 2) / 2, -3.0]
     (gradient,) = torch.autograd.grad(plain.sum(), log_probs)
     assert gradient.tolist() == [[-1.0, -0.5], [1.0, 0.0]]
     kl = [math.exp(0) - 0 - 1, math.exp(1) - 1 - 1, math.exp(-0.5) + 0.5 - 1]
     with_kl = row_losses(log_probs, mask, advantages, corrections, reference, beta=0.1)
-    assert with_kl.tolist() == pytest.approx([-1.5 + 0.1 * (kl[0] + kl[1]) / 2, 1.0 + 0.1 * kl[2]])
+    assert with_kl.tolist() == pytest.approx([2.0 + 0.1 * (kl[0] + kl[1]) / 2, -3.0 + 0.1 * kl[2]])
     (gradient,) = torch.autograd.grad(with_kl.sum(), log_probs)
     slopes = [0.0, 1 - math.exp(1), 1 - math.exp(-0.5)]  # of KL in log p
     expected = [-1 + 0.05 * slopes[0], -0.5 + 0.05 * slopes[1], 1 + 0.1 * slopes[2], 0]

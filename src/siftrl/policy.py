@@ -34,17 +34,18 @@ def row_losses(
     beta: float = 0.0,
     correct_kl: bool = False,
 ) -> Tensor:
-    """float32 [B]: each row's policy loss with the gradient above; its value is that of TRL's at r_t = 1.
+    """float32 [B]: losses with the gradient above. The value is the mean of -A c_t log pi(y_t), so that differences of
+    values (SPSA) are slopes of the policy loss, too, but for `correct_kl`.
 
     log_probs: float [B, T]. mask: bool [B, T], tokens that bear loss. advantages: float [B]. corrections: float
     [B, T], c_t. reference: float [B, T], the reference model's log-probabilities, for `beta`. correct_kl: KL_t is
     multiplied by r_t (TRL's `use_bias_correction_kl`).
     """
     log_probs = log_probs.float()
-    ratios = torch.exp(log_probs - log_probs.detach())
-    losses = -advantages[:, None] * corrections * ratios
+    losses = -advantages[:, None] * corrections * log_probs
     if reference is not None:
         gap = reference - log_probs
+        ratios = torch.exp(log_probs - log_probs.detach())
         losses = losses + beta * (torch.exp(gap) - gap - 1) * (ratios if correct_kl else 1.0)
     return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
 

@@ -311,8 +311,8 @@ class RolloutConfig(Section):
     repetition_penalty: Positive = 1.0
     max_completion_tokens: Count = 256
     seeded: bool | None = None
-    """Make every completion a function of (seed, step, row), whatever the number of ranks; null: whenever a prompt
-    selector is on."""
+    """Make every completion a function of (seed, step, row), whatever the number of ranks; null: whenever a selector
+    is on."""
     max_logprob_drift: Positive | Literal["auto"] | None = "auto"
     """vllm: stop when the engine's and the trainer's log-probabilities differ by more, mean over probe tokens, after
     a weight sync; auto: 0.005 in float32, else 0.1; null: no probe."""

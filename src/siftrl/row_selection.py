@@ -62,11 +62,13 @@ class RowSelection:
         usable: Tensor,
         notes: Sequence[str | None],
         ids: Sequence[int] | None,
+        complete: Callable[[Selection], Selection] | None = None,
     ) -> tuple[Selection, Figures]:
         """Choose among B rows for optimizer step `step`. Returns the selection, and figures for the log.
 
         row: a row by its place, as the scorer takes it. usable: bool [B], which may be chosen; none: none is. notes:
-        for the audit log, B reasons why not. ids: the rows' places in the data set, where a row comes again.
+        for the audit log, B reasons why not. ids: the rows' places in the data set, where a row comes again. complete:
+        adds rows to what the selectors chose.
         """
         scored = finite = torch.zeros(len(signals), dtype=torch.bool)
         finite = ~finite
@@ -89,6 +91,7 @@ class RowSelection:
         selection = Selection.of(torch.empty(0, dtype=torch.int64), len(signals))
         if usable.any():
             selection = batch_selection.choose(self.chain, signals, usable, self.generator, score, limit)
+        selection = complete(selection) if complete is not None else selection
         distributed.check_same(selection.indices, f"the rows of step {step}")
         self._scored_last = int(scored.sum())
         self.rows_scored += self._scored_last

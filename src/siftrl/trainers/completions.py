@@ -46,15 +46,19 @@ def describe(
     )
 
 
-def teaches(signals: Signals, num_generations: int) -> Tensor:
+def teaches(signals: Signals, num_generations: int, of_totals: bool = True) -> Tensor:
     """bool [B]: the rows whose policy loss has a gradient.
 
     Rounding leaves tiny advantages in groups whose rewards are all the same, so those are told by their rewards.
+    of_totals: advantages are those of the total rewards; else several rewards' own were added up, which a group may
+    have though its totals are the same.
     """
     assert signals.rewards is not None and signals.advantages is not None
-    differ = group_statistics(signals.rewards.view(-1, num_generations)).effective()
-    has_advantage = signals.advantages.abs() > 1e-6
-    return has_advantage & differ.repeat_interleave(num_generations) & (signals.num_tokens > 0)
+    found = (signals.advantages.abs() > 1e-6) & (signals.num_tokens > 0)
+    if of_totals:
+        differ = group_statistics(signals.rewards.view(-1, num_generations)).effective()
+        found &= differ.repeat_interleave(num_generations)
+    return found
 
 
 def fill(selection: Selection, spare: Tensor, keep: int, generator: torch.Generator) -> Selection:

@@ -129,7 +129,8 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder)
-        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else prompt_selector is not None
+        selects = prompt_selector is not None or bool(self.chain)
+        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)

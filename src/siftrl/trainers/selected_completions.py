@@ -28,7 +28,7 @@ from siftrl.run import Clock, Recorder
 from siftrl.scoring import Scorer
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
-from siftrl.types import BatchSelector
+from siftrl.types import BatchSelector, Selection
 
 Chain = Sequence[tuple[BatchSelector, float | int]]
 ROW = "siftrl_row"
@@ -67,6 +67,7 @@ class SelectedCompletionsMixin:
     epsilon_high: float
     get_gamma_weights: Any
     loss_type: str
+    multi_objective_aggregation: str
     num_generations: int
     temperature: float
     _buffered_inputs: list[dict[str, Any]] | None
@@ -149,15 +150,26 @@ class SelectedCompletionsMixin:
             step, group = self.state.global_step + 1, self.num_generations
             rows = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
             signals = completions.describe(rows, group, self.loss_type, self._sources, self._source_sizes)
-            teaches = completions.teaches(signals, group)
+            of_totals = self.multi_objective_aggregation == "sum_then_normalize"
+            teaches = completions.teaches(signals, group, of_totals)
+            keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1] if self.chain else len(rows)
+            generator, others = self.row_selection.generator, (~teaches).nonzero().flatten()
+
+            def fill(selection: Selection) -> Selection:
+                return completions.fill(selection, others, keep, generator)
+
             # rows without an advantage never take the place of one that has one
             notes = [None if usable else "no advantage" for usable in teaches.tolist()]
             selection, figures = self.row_selection.choose(
-                step, lambda place: self._scored_row(rows[place]), signals, teaches, notes, None
+                step,
+                lambda place: self._scored_row(rows[place]),
+                signals,
+                teaches,
+                notes,
+                ids=None,
+                complete=None if self._skips else fill,
             )
-            keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1] if self.chain else len(rows)
-            generator = self.row_selection.generator
-            whole = completions.fill(selection, (~teaches).nonzero().flatten(), keep, generator)
+            whole = fill(selection)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
@@ -167,7 +179,7 @@ class SelectedCompletionsMixin:
             dealt = completions.micro_batches(rows, signals, whole, runs, layout, self.loss_type, generator)
             figures |= {
                 "rows_run": float(runs[whole.indices].sum()),
-                "filled": (keep - len(selection.indices)) / keep,
+                "filled": whole.reasons.count("fill") / keep,
                 "with_advantage": teaches.float().mean().item(),
                 "padding": completions.padding_share(dealt),
             }

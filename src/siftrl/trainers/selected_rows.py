@@ -81,7 +81,7 @@ class SelectedRowsMixin:
         if source_column is not None:
             if source_column not in data.column_names:
                 raise ValueError(f"source_column: there is no column {source_column!r} in the training data")
-            self._sources = [None if value is None else str(value) for value in data[source_column]]
+            self._sources = [None if value is None else str(value) for value in data[source_column][:]]
         self._source_sizes = None if self._sources is None else dict(Counter(self._sources))
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), kind)
