@@ -546,3 +546,52 @@ def test_the_budget_stops_the_scoring_and_says_so_once(
     assert len(said) == 1 and "more than 0%" in said[0]
     shares = logged(trainer, "share_of_time")
     assert len(shares) == 8 and shares[-1] < shares[1]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
+    tiny_model: str, sums: Any, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL runs all 16 completions for the correction of the engine's probabilities; here the trained ones give it."""
+
+    def start(folder: str) -> tuple[Any, list[int]]:
+        chain = [(selector("largest_advantage"), 12), (selector("gradient_coreset"), 8)]
+        trainer = build(
+            tiny_model,
+            tmp_path / folder,
+            sums,
+            chain,
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_max_model_length=64,
+            vllm_importance_sampling_mode=mode,
+            reward=letter_sum,
+            max_steps=2,
+        )
+        sync = trainer.vllm_generation.sync_weights
+
+        def skewed() -> None:  # an engine whose probabilities are a little off, so that the correction shows
+            with torch.no_grad():
+                weight = trainer.model.model.layers[0].mlp.down_proj.weight
+                weight.mul_(1.05)
+                sync()
+                weight.div_(1.05)
+
+        trainer.vllm_generation.sync_weights = skewed
+        passes: list[int] = []
+        trainer.model.model.register_forward_hook(
+            lambda module, args, kwargs, output: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        trainer.train()
+        return trainer, passes
+
+    spared, few = start("spared")
+    monkeypatch.setattr(GRPOTrainer, "_spares_old_pass", False)
+    whole, many = start("whole")
+    assert sum(many) - sum(few) == 2 * 16
+    assert losses(spared) == pytest.approx(losses(whole), abs=1e-6)
+    for mine, yours in zip(spared.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-4)
+    off = [entry["sampling/sampling_logp_difference/mean"] for entry in spared.state.log_history if "loss" in entry]
+    assert min(off) > 1e-4

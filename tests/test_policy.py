@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from siftrl.policy import as_row, collate, counts_rows, row_losses, row_scale, scale_gradient
+from siftrl.policy import (
+    as_row,
+    collate,
+    counts_rows,
+    engine_corrections,
+    row_losses,
+    row_scale,
+    scale_gradient,
+)
 
 
 def test_row_losses_by_hand() -> None:
@@ -74,3 +82,24 @@ def test_only_the_gradient_is_scaled() -> None:
     assert torch.equal(scaled, values)
     (gradient,) = torch.autograd.grad((scaled**2).sum(), values)
     assert gradient.tolist() == [[4.0, 8.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5, 1.0], [1.0, 3.0, 1.0]]),
+        ("token_mask", [[2.0, 0.5, 1.0], [1.0, 0.0, 1.0]]),
+        ("sequence_truncate", [[1.0], [3.0]]),
+        ("sequence_mask", [[1.0], [0.0]]),
+    ],
+)
+def test_engine_corrections_by_hand(mode: str, expected: list[list[float]]) -> None:
+    """Ratios 2, 1/2 and 9 (no loss) in the first row; unknown, 4 and 1 in the second; at most 3."""
+    ratios = torch.tensor([[2.0, 0.5, 9.0], [1.0, 4.0, 1.0]])
+    sampling = torch.full((2, 3), -1.0)
+    sampling[1, 0] = float("nan")
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    log_probs = (ratios.log() - 1).requires_grad_()
+    found = engine_corrections(log_probs, sampling, mask, mode, None, 3.0)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert not found.requires_grad

@@ -10,6 +10,7 @@ in the batch's loss is 1 or n (`counts_rows`). A KL penalty adds beta grad KL_t,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,28 +51,56 @@ def row_losses(
     return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def scored_losses(batch: ScoredBatch, beta: float, correct_kl: bool) -> Tensor:
-    """float32 [B]: `row_losses` of a batch that is being scored, see `collate`."""
+def engine_corrections(
+    log_probs: Tensor, sampling: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None
+) -> Tensor:
+    """What corrects for the rollout engine's own probabilities: float [B, T], or [B, 1] of whole completions.
+
+    exp(log pi(y_t) - log pi_engine(y_t)), or of its sum over a completion's tokens, clipped to [low, high] or set to 0
+    outside of it: TRL's `vllm_importance_sampling_mode` token_truncate, token_mask, sequence_truncate, sequence_mask.
+
+    log_probs, sampling: float [B, T], the model's and the engine's; where the latter is NaN nothing is corrected.
+    mask: bool [B, T], tokens that bear loss.
+    """
+    gaps = torch.nan_to_num((log_probs.detach().float() - sampling) * mask, nan=0.0)
+    of, _, cut = mode.partition("_")
+    ratios = torch.exp(gaps.sum(1, keepdim=True) if of == "sequence" else gaps)
+    if cut == "truncate":
+        return ratios.clamp(min=low, max=high)
+    outside = (ratios < (-math.inf if low is None else low)) | (ratios > (math.inf if high is None else high))
+    return ratios.masked_fill(outside, 0.0)
+
+
+def scored_losses(batch: ScoredBatch, beta: float, correct_kl: bool, corrections: Tensor | None = None) -> Tensor:
+    """float32 [B]: `row_losses` of a batch that is being scored, see `collate`.
+
+    corrections: float, broadcast to [B, T - 1]; None: those of the rows.
+    """
     given = batch.given
     return row_losses(
         batch.output.log_probs,
-        batch.labels[:, 1:] != IGNORED,
+        bears_loss(batch),
         given["advantages"],
-        given["corrections"][:, 1:],
+        given["corrections"][:, 1:] if corrections is None else corrections,
         given["reference"][:, 1:] if "reference" in given else None,
         beta,
         correct_kl,
     )
 
 
+def bears_loss(batch: ScoredBatch) -> Tensor:
+    """bool [B, T - 1]: which next tokens bear loss."""
+    return batch.labels[:, 1:] != IGNORED
+
+
 def collate(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """Completions with their prompts, for scoring: padded on the right, everything at its token's place.
 
-    rows: as `as_row` makes them. Returns "input_ids", "attention_mask" and "labels", int64 [B, T]; "corrections" and
-    "reference" (where the rows have it), float32 [B, T]; "advantages", float32 [B].
+    rows: as `as_row` makes them. Returns "input_ids", "attention_mask" and "labels", int64 [B, T]; "corrections", and
+    where the rows have them "reference" and "sampling", float32 [B, T]; "advantages", float32 [B].
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    fills = {"input_ids": pad_token_id, "labels": IGNORED, "corrections": 1.0, "reference": 0.0}
+    fills = {"input_ids": pad_token_id, "labels": IGNORED, "corrections": 1.0, "reference": 0.0, "sampling": 0.0}
     batch = {"attention_mask": torch.zeros(len(rows), max(lengths), dtype=torch.int64)}
     for index, length in enumerate(lengths):
         batch["attention_mask"][index, :length] = 1
@@ -95,8 +124,9 @@ def as_row(row: dict[str, Tensor], corrections: Tensor) -> dict[str, Tensor]:
         "corrections": _behind(prompt, corrections.float().expand(len(completion)), 1.0),
         "advantages": row["advantages"],
     }
-    if "ref_per_token_logps" in row:
-        made["reference"] = _behind(prompt, row["ref_per_token_logps"].float(), 0.0)
+    for name, key in (("reference", "ref_per_token_logps"), ("sampling", "sampling_per_token_logps")):
+        if key in row:
+            made[name] = _behind(prompt, row[key].float(), 0.0)
     return made
 
 

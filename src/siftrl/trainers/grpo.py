@@ -210,7 +210,9 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         if self.row_selection is None:
             return super()._generate_and_score_completions(data_rows)
         ids, plain = self.take_ids(data_rows)
-        batch = super()._generate_and_score_completions(plain)
+        corrects = self.vllm_importance_sampling_correction and not self._spares_old_pass
+        with replaced(self, "vllm_importance_sampling_correction", corrects):
+            batch = super()._generate_and_score_completions(plain)
         assert self._group_rewards is not None
         rewards = self._group_rewards.flatten()[self.accelerator.process_index * len(ids) :][: len(ids)]
         return batch | {"ids": ids, "rewards": rewards.to(ids.device)}

@@ -25,7 +25,7 @@ from siftrl.batch_arithmetic import kept_rows
 from siftrl.parts import PartNames
 from siftrl.row_selection import RowSelection, check_chain
 from siftrl.run import Clock, Recorder
-from siftrl.scoring import Scorer
+from siftrl.scoring import ScoredBatch, Scorer
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
 from siftrl.types import BatchSelector, Selection
@@ -69,7 +69,11 @@ class SelectedCompletionsMixin:
     loss_type: str
     multi_objective_aggregation: str
     num_generations: int
+    num_iterations: int
     temperature: float
+    use_vllm: bool
+    vllm_importance_sampling_correction: bool
+    vllm_importance_sampling_mode: str
     _buffered_inputs: list[dict[str, Any]] | None
     _entropy_bonus_enabled: bool
     _get_dataloader: Any
@@ -89,7 +93,7 @@ class SelectedCompletionsMixin:
         self.row_selection: RowSelection | None = None
         self.skip_zero_advantage = skip_zero_advantage
         self._rows_per_rank = args.generation_batch_size // args.world_size
-        self._row_scales: Tensor | None = None  # of the micro-batch under way
+        self._under_way: dict[str, Any] | None = None  # the micro-batch whose loss is computed
         self._kept: list[dict[str, Any]] | None = None
         self.chain = [] if batch_selector is None else batch_selection.links(batch_selector, keep)
         if not self.chain:
@@ -122,7 +126,7 @@ class SelectedCompletionsMixin:
             device=self.accelerator.device,
             precision=self.accelerator.autocast,
             names=parts,
-            row_losses=lambda batch: policy.scored_losses(batch, self.beta, self.args.use_bias_correction_kl),
+            row_losses=self._row_losses,
             temperature=self.temperature,
         )
         self.row_selection = RowSelection(
@@ -162,7 +166,7 @@ class SelectedCompletionsMixin:
             notes = [None if usable else "no advantage" for usable in teaches.tolist()]
             selection, figures = self.row_selection.choose(
                 step,
-                lambda place: self._scored_row(rows[place]),
+                lambda place: policy.as_row(rows[place], rows[place].get("importance_sampling_ratio", torch.ones(1))),
                 signals,
                 teaches,
                 notes,
@@ -197,25 +201,47 @@ class SelectedCompletionsMixin:
         without_gradient = self.beta == 0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
         return without_gradient and self.skip_zero_advantage is not False
 
-    def _scored_row(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A completion as the scoring pass takes it, with what its tokens' policy gradient is multiplied by."""
-        corrections = row.get("importance_sampling_ratio", torch.ones(1)).float()
+    @property
+    def _spares_old_pass(self) -> bool:
+        """Whether TRL's pass for the rollout policy's log-probabilities is left out.
+
+        It serves the correction for vLLM's own probabilities, and costs a forward pass of all completions. Where each
+        rollout serves one optimizer step, the policy that made it is the one that the loss is computed with, whose
+        log-probabilities are at hand there.
+        """
+        one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+        return self.row_selection is not None and self._corrects_engine and one_step
+
+    @property
+    def _corrects_engine(self) -> bool:
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    def _corrections(self, log_probs: Tensor, sampling: Tensor, mask: Tensor) -> Tensor:
+        """float, [B, T] or [B, 1]: see `policy.engine_corrections`."""
+        args = self.args
+        low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        return policy.engine_corrections(log_probs, sampling, mask, self.vllm_importance_sampling_mode, low, high)
+
+    def _row_losses(self, batch: ScoredBatch) -> Tensor:
+        """float32 [B]: the rows' policy losses in the scoring pass."""
+        mask, corrections = policy.bears_loss(batch), batch.given["corrections"][:, 1:]
+        if self._spares_old_pass:
+            corrections = self._corrections(batch.output.log_probs, batch.given["sampling"][:, 1:], mask)
         if self.loss_type == "cispo":
             corrections = corrections * min(1.0, self.epsilon_high)
-        elif self.loss_type == "vespo" and "importance_sampling_ratio" in row:
-            mask = policy.loss_mask(row)[None]
-            ratios = corrections.masked_fill(~mask[0], 1.0)[None]
+        elif self.loss_type == "vespo" and self._corrects_engine:
+            args = self.args
             corrections = self.get_gamma_weights(
-                row["advantages"].view(1, 1),
-                torch.zeros_like(ratios),
+                batch.given["advantages"][:, None],
+                torch.zeros_like(corrections),
                 mask,
-                ratios,
-                self.args.vespo_k_pos,
-                self.args.vespo_lambda_pos,
-                self.args.vespo_k_neg,
-                self.args.vespo_lambda_neg,
-            ).flatten()
-        return policy.as_row(row, corrections)
+                corrections.masked_fill(~mask, 1.0),
+                args.vespo_k_pos,
+                args.vespo_lambda_pos,
+                args.vespo_k_neg,
+                args.vespo_lambda_neg,
+            )
+        return policy.scored_losses(batch, self.beta, self.args.use_bias_correction_kl, corrections)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.row_selection is None:
@@ -238,19 +264,36 @@ class SelectedCompletionsMixin:
         return inputs
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        self._row_scales = inputs.get("row_scales")
+        self._under_way = inputs if "row_scales" in inputs else None
         try:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:
-            self._row_scales = None
+            self._under_way = None
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         log_probs, entropies, aux_loss = found
-        if self._row_scales is not None:
-            log_probs = policy.scale_gradient(log_probs, self._row_scales)
-            entropies = policy.scale_gradient(entropies, self._row_scales)
+        if (inputs := self._under_way) is not None:
+            if self._spares_old_pass:
+                self._correct(inputs, log_probs.detach())
+            log_probs = policy.scale_gradient(log_probs, inputs["row_scales"])
+            entropies = policy.scale_gradient(entropies, inputs["row_scales"])
         return log_probs, entropies, aux_loss
+
+    def _correct(self, inputs: dict[str, Any], log_probs: Tensor) -> None:
+        """Put the correction for vLLM's probabilities where TRL's loss looks for it, and log how far off they are."""
+        sampling, mask = inputs["sampling_per_token_logps"], policy.loss_mask(inputs)
+        inputs["importance_sampling_ratio"] = ratios = self._corrections(log_probs, sampling, mask)
+        gaps = torch.nan_to_num((log_probs.float() - sampling).abs() * mask, nan=0.0)
+        if ratios.shape == mask.shape:  # token by token
+            ratios, of = ratios * mask, mask.sum()
+        else:
+            of = torch.ones_like(ratios).sum()
+        counts = torch.stack([gaps.sum(), mask.sum(), ratios.sum(), of]).float()
+        distributed.sum_([counts])
+        self._log_metric_value("sampling/sampling_logp_difference/mean", (counts[0] / counts[1].clamp(min=1)).item())
+        self._log_metric_value("sampling/sampling_logp_difference/max", distributed.max_number(gaps.max().item()))
+        self._log_metric_value("sampling/importance_sampling_ratio/mean", (counts[2] / counts[3].clamp(min=1)).item())
 
     # -- records and checkpoints ------------------------------------------------------------------------------
 
