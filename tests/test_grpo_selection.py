@@ -433,6 +433,32 @@ def test_resuming_is_exact(tiny_model: str, sums: Any, tmp_path: Path, save: int
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{save}"))
 
 
+@pytest.mark.parametrize("prompts", [None, "uniform"])
+def test_prompts_whose_completions_will_be_long_are_rolled_out_first(
+    tiny_model: str, sums: Any, tmp_path: Path, prompts: str | None
+) -> None:
+    """With what was learned of lengths; each completion keeps the seed of its place in TRL's order or the choice."""
+
+    def start(folder: str, by_length: bool) -> Any:
+        chosen = selector(prompts) if prompts else None
+        trainer = build(
+            tiny_model, tmp_path / folder, sums, First(), Watching, prompt_selector=chosen, reward=letter_sum
+        )
+        # lengths that the prompts tell: longer ones for larger first digits
+        trainer.lengths.predict = lambda ids, tokens, predicted: ids.double() if by_length else -ids.double()
+        trainer.train()
+        return trainer
+
+    long_first, short_first = start("long", True), start("short", False)
+    for mine, theirs in zip(long_first.rollout_rows[:1], short_first.rollout_rows[:1], strict=True):
+        ids = [int(row["ids"]) for row in mine[::4]]
+        assert ids == sorted(ids, reverse=True) and ids != sorted(ids)
+        assert [int(row["ids"]) for row in theirs[::4]] == ids[::-1]
+        completions = [[row["completion_ids"].tolist() for row in rows] for rows in (mine, theirs)]
+        groups = [[rows[at : at + 4] for at in range(0, 16, 4)] for rows in completions]
+        assert groups[0] == groups[1][::-1]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

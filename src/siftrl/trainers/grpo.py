@@ -200,7 +200,12 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        batch = self._selected_batch() if self.prompt_selector is not None else self._roll_out(inputs)
+        if self.prompt_selector is not None:
+            batch = self._selected_batch()
+        elif self.row_selection is not None and len(inputs) % self.num_generations == 0:
+            batch = self._longest_first(inputs)
+        else:
+            batch = self._roll_out(inputs)
         if self.row_selection is not None:
             self._kept = self._keep_completions(batch)
         return batch
@@ -216,6 +221,23 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         assert self._group_rewards is not None
         rewards = self._group_rewards.flatten()[self.accelerator.process_index * len(ids) :][: len(ids)]
         return batch | {"ids": ids, "rewards": rewards.to(ids.device)}
+
+    def _longest_first(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The rollouts of this rank's prompts as TRL chose them, those whose completions will be the longest first."""
+        group, first = self.num_generations, self.accelerator.process_index * len(data_rows)
+        prompts = data_rows[::group]
+        ids = torch.tensor([row[ROW] for row in prompts])
+        tokens = torch.tensor([len(mine) for mine in self._tokenize_prompts([row["prompt"] for row in prompts])[0]])
+        order = self.lengths.predict(ids, tokens, None).argsort(descending=True, stable=True)
+        places = [place * group + copy for place in order.tolist() for copy in range(group)]
+        self._row_numbers = [first + place for place in places]  # see `_round`
+        batch = self._roll_out([data_rows[place] for place in places])
+        self._row_numbers = None
+        means = batch["completion_mask"].sum(1).cpu().view(-1, group).double().mean(1)
+        seen = distributed.gather_objects((ids[order], tokens[order], means))
+        all_ids, all_tokens, all_means = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self.lengths.observe(all_ids, all_tokens, None, all_means)
+        return batch
 
     def _selected_batch(self) -> dict[str, Any]:
         """The rollouts of prompts that the selector chose, in as many rounds as it asks for."""
@@ -525,13 +547,13 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
             "turn": self._turn,
             "rollouts": self.rollouts,
             "generated_tokens": self.generated_tokens,
+            "lengths": self.lengths.state_dict(),
         }
         if self.prompt_selector is not None:
             saved |= {
                 "stream": self.prompt_stream.state_dict(),
                 "generator": self.selection_generator.get_state(),
                 "selector": self.prompt_selector.state_dict(),
-                "lengths": self.lengths.state_dict(),
                 "value_model": self.value_model.state() if self.value_model is not None else None,
             }
         return saved
@@ -549,12 +571,12 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
                 + ("with" if "stream" in saved else "without")
                 + " a prompt selector: resume with the recipe that it was made with"
             )
+        self.lengths.load_state_dict(saved["lengths"])
         if self.prompt_selector is None:
             return
         self.prompt_stream.load_state_dict(saved["stream"])
         self.selection_generator.set_state(saved["generator"])
         self.prompt_selector.load_state_dict(saved["selector"])
-        self.lengths.load_state_dict(saved["lengths"])
         if self.value_model is not None:
             self.value_model.load_state(saved["value_model"])
 
