@@ -53,8 +53,8 @@ RAW = {
 
 def test_what_it_took_is_read_off_the_mean_curve_and_seed_by_seed() -> None:
     """Uniform ends at (0.4 + 0.6) / 2 = 0.5 after 20 s. The other's mean curve is 0.2, 0.55, 0.6 at 0, 5, 10 s: 0.5 is
-    reached at 5 (0.3 / 0.35). Its seed 0 comes to 0.4 halfway to 0.6, in 2.5 s of 20; seed 1 to 0.6 after a third of the
-    way from 0.5 to 0.8, in 6.67 s of 20."""
+    reached at 5 (0.3 / 0.35). Its seed 0 comes to 0.4 halfway to 0.6, in 2.5 s of 20; its seed 1 to 0.6 after a third
+    of the way from 0.5 to 0.8, in 6.67 s of 20."""
     found = bench_grpo_report.cost_shares(HALF, UNIFORM, "seconds")
     assert found["first"] == found["for_good"] == pytest.approx(5 * 0.3 / 0.35 / 20)
     assert found["per_seed"] == {0: pytest.approx(2.5 / 20), 1: pytest.approx((5 + 5 / 3) / 20)}
@@ -73,7 +73,9 @@ def test_the_seconds_of_a_step_by_part_add_up_to_all_of_them() -> None:
 def test_the_report_tells_of_runs_that_did_not_end_and_leaves_them_out() -> None:
     text = bench_grpo_report.render(RAW)
     assert "WARNING: broken: 1 of 2 runs came to their end" in text and "WARNING: half" not in text
-    assert "| half | 2 | 0.200 | 0.600 (0.400..0.800) | 1.000 | 0.300 | 0.25 | 0.25 | 2,000 | 1,000 | 400 | 10 |" in text
+    assert (
+        "| half | 2 | 0.200 | 0.600 (0.400..0.800) | 1.000 | 0.300 | 0.25 | 0.25 | 2,000 | 1,000 | 400 | 10 |" in text
+    )
     assert "| broken | 1 | 0.200 | 0.900 (0.900..0.900) |" in text
     assert "reach 0.500, the mean accuracy of uniform" in text
     assert "| half | 0.43 / 0.43 | 0.21 / 0.21 | 0.21 / 0.21 | 0.43 / 0.43 | 0.12, 0.33 |" in text
@@ -85,10 +87,11 @@ def test_the_report_tells_of_runs_that_did_not_end_and_leaves_them_out() -> None
 def test_rows_have_both_right_answers_and_the_kinds_their_shares() -> None:
     assert bench_grpo_task.running_totals("8 - 3 + 9 - 20") == "5;14;-6"
     rows = bench_grpo_task.make_rows(200, 5, bench_grpo_task.PROMPTS)
-    assert [sum(row["kind"] == kind for row in rows) for kind in ("easy", "medium", "hard")] == [30, 30, 140]
+    assert [sum(row["kind"] == kind for row in rows) for kind in ("small", "large")] == [40, 160]
     for row in rows:
-        assert row["prompt"][:-1].lstrip("-").count("+") + row["prompt"].count("-") == row["steps"].count(";") + 1
-        assert row["steps"].split(";")[-1] == row["answer"] == str(eval(row["prompt"][:-1].replace("=", "")))
+        expression = row["prompt"].removesuffix("=")
+        assert expression.count("+") + expression.count("-") == row["steps"].count(";") + 1
+        assert row["steps"].split(";")[-1] == row["answer"] == str(eval(expression))
     first = rows[0]["question"]
     again = bench_grpo_task.make_rows(200, 5, bench_grpo_task.PROMPTS, frozenset({first}))
     assert first not in {row["question"] for row in again}
@@ -99,21 +102,16 @@ def test_one_start_and_one_run_leave_points_that_the_report_reads(
 ) -> None:
     """`learn` runs these commands in processes of their own; here they stay in this one."""
 
-    def here(args: Any, name: str, *job: Any) -> int:
-        command = bench_grpo_selection.command_of(args, name, *job)[2:]
-        return bench_grpo_selection.main(command)
-
     class Process:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            script = next(index for index, word in enumerate(command) if word.endswith("bench_grpo_selection.py"))
-            self.returncode = 1 if "uniform" in command else bench_grpo_selection.main(command[script + 1 :])
+        def __init__(self, command: list[str], *_: Any) -> None:
+            self.returncode = 1 if "uniform" in command else bench_grpo_selection.main(command[2:])
 
         def poll(self) -> int:
             return self.returncode
 
         wait = poll
 
-    monkeypatch.setattr(bench_grpo_selection.subprocess, "Popen", Process)
+    monkeypatch.setattr(bench_grpo_selection, "launch", Process)
     options = ["--out", str(tmp_path), "--smoke", "--arms", "uniform", "all three", "--seeds", "0"]
     assert bench_grpo_selection.main(["learn", *options]) == 1
     printed = capsys.readouterr().out
@@ -121,7 +119,7 @@ def test_one_start_and_one_run_leave_points_that_the_report_reads(
     lines = [json.loads(line) for line in (tmp_path / "runs" / "all_three-0.jsonl").read_text().splitlines()]
     assert [line.get("step") for line in lines] == [0, 1, 2, None]
     last = lines[2]
-    assert last["rows"] <= 2 * 8 and last["generated"] > 0  # half of 4 x 4 completions a step
-    assert last["seconds"] > 0 and last["parts"]["score"] > 0
-    assert last["accuracy"] == pytest.approx((4 * last["accuracy/easy"] + 12 * last["accuracy/medium"]) / 16)
+    assert 0 < last["rows"] <= 2 * 8 and last["generated"] > 0  # half of 4 x 4 completions a step
+    assert last["seconds"] > 0 and last["parts"]["generate"] > 0
+    assert 3 * last["accuracy"] == pytest.approx(sum(last[f"accuracy/{terms} terms"] for terms in (3, 4, 5)))
     assert (tmp_path / "grpo_selection.png").stat().st_size > 0
