@@ -171,7 +171,8 @@ def learn_command(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, overrides)
     if not isinstance(recipe.stages[-1], GRPOStage) or "max_steps" not in recipe.stages[-1].trainer:
         raise RecipeError(f"{args.recipe}: the last stage has to be grpo, with trainer.max_steps")
-    recipe.stages[-1].batch_selector = None  # prompt selectors are compared: all completions are trained on
+    for stage in recipe.stages:
+        stage.batch_selector = None  # prompt selectors are compared: all rows are trained on
     out = args.out.resolve()
     for folder in ("recipes", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from trl import GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
@@ -33,6 +33,14 @@ def parameters(function: object) -> list[str]:
         (SFTTrainer._load_optimizer_and_scheduler, ["checkpoint"]),
         (GRPOTrainer.training_step, ["model", "inputs", "num_items_in_batch"]),
         (GRPOTrainer.log, ["logs", "start_time"]),
+        (GRPOTrainer._prepare_inputs, ["generation_batch"]),
+        (GRPOTrainer._compute_loss, ["model", "inputs"]),
+        (
+            GRPOTrainer._get_dataloader,
+            ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ),
+        (DPOTrainer.compute_loss, ["model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (DPOTrainer.compute_ref_log_probs, ["model", "inputs"]),
         (
             RepeatSampler.__init__,
             ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"],
@@ -59,6 +67,22 @@ def test_generation_happens_where_prompts_are_chosen() -> None:
     source = inspect.getsource(GRPOTrainer._prepare_inputs)
     assert "self._step % generate_every == 0 or self._buffered_inputs is None" in source
     assert source.count("self._generate_and_score_completions(") == 2  # training, evaluation
+
+
+def test_rollouts_are_buffered_where_kept_completions_replace_them() -> None:
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
+
+
+def test_a_rows_loss_is_made_of_the_log_probabilities_that_carry_its_weight() -> None:
+    """One call gives the loss its log-probabilities and entropies, and comes before the engine's correction is read."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert source.count("self._get_per_token_logps_and_entropies(") == 1
+    first = source.index("self._get_per_token_logps_and_entropies(")
+    assert first < source.index('inputs["importance_sampling_ratio"]')
+    types = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo")
+    assert all(f'"{kind}"' in source for kind in types)
+    assert "self.vllm_importance_sampling_correction" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
 
 
 def test_weights_are_synced_once_a_step_by_the_tag_we_set() -> None:

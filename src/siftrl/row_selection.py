@@ -127,7 +127,7 @@ class RowSelection:
             "rows_read": float(len(signals)),
             "rows_scored": float(scored.sum()),
             "rows_trained": float(len(chosen)),
-            "tokens_kept": (num_tokens[chosen].sum() / num_tokens.sum()).item(),
+            "tokens_kept": (num_tokens[chosen].sum() / num_tokens.sum().clamp(min=1)).item(),
             "no_tokens": float((num_tokens == 0).sum()),
             "not_finite": float((~finite).sum()),
         }

@@ -324,5 +324,9 @@ def _check(chain: Sequence[batch_selection.Link], args: GRPOConfig) -> None:
             plugins.check(link.selector)
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
+    if args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns does not work with batch_selector, which numbers the rows: leave it out"
+        )
     if args.world_size > 1 and getattr(args, "parallelism_config", None) is not None:
         raise ValueError("batch_selector does not work with parallelism_config: a rank must hold whole rows")
