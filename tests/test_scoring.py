@@ -635,17 +635,22 @@ class NormSelector(BatchSelector):
 
 def test_the_trainer_scores_in_its_own_precision(tiny_model: str, tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
-
-    class Watched(SFTTrainer):
-        def score_candidates(self) -> Any:
-            watched = self.scorer.parts.block.mlp.down_proj
-            handle = watched.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-            found = super().score_candidates()
-            handle.remove()
-            raise InterruptedError(found)
-
     selector = NormSelector()
-    trainer = Watched(tiny_model, sft_args(tmp_path, bf16=True), train_dataset=worded_sums(), batch_selector=selector)
+    trainer = SFTTrainer(
+        tiny_model, sft_args(tmp_path, bf16=True), train_dataset=worded_sums(), batch_selector=selector
+    )
+    assert trainer.row_selection is not None
+    scorer = trainer.row_selection.scorer
+    measure = scorer.score
+
+    def watched(*args: Any) -> None:
+        module = scorer.parts.block.mlp.down_proj
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        found = measure(*args)
+        handle.remove()
+        raise InterruptedError(found)
+
+    scorer.score = watched  # type: ignore[assignment, method-assign]
     with pytest.raises(InterruptedError):
         trainer.train()
     assert set(seen) == {torch.bfloat16}
