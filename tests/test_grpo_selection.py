@@ -21,6 +21,8 @@ from siftrl.trainers import rows as row_ops
 from siftrl.trainers.grpo import GRPOTrainer
 from siftrl.types import BatchSelector, Selection, Signals
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class First(BatchSelector):
