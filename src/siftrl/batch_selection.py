@@ -28,7 +28,16 @@ class Link:
     keep: float | int = 0.5
 
 
-def links(selector: BatchSelector | Sequence[tuple[BatchSelector, float | int]], keep: float | int) -> list[Link]:
+Chain = Sequence[tuple[BatchSelector, float | int]]
+"""Batch selectors, each with its `keep`, as a trainer's argument."""
+
+
+def needs_of(chain: Sequence[Link]) -> frozenset[Any]:
+    """The signals that the chain's selectors need."""
+    return frozenset().union(*(link.selector.needs for link in chain))
+
+
+def links(selector: BatchSelector | Chain, keep: float | int) -> list[Link]:
     """A selector with its `keep`, or a chain of (selector, keep) pairs, as links."""
     if isinstance(selector, Sequence):
         return [Link(one, its_keep) for one, its_keep in selector]

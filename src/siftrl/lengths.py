@@ -122,5 +122,10 @@ def idle_tail(lengths: list[int], slots: int) -> float:
 
     lengths: tokens of n requests, in the order in which they start. slots: how many are decoded side by side.
     """
-    whole = min(slots, len(lengths)) * makespan(lengths, slots)
-    return 1 - sum(lengths) / whole if whole else 0.0
+    return idle_share(sum(lengths), min(slots, len(lengths)), makespan(lengths, slots))
+
+
+def idle_share(tokens: float, slots: float, steps: float) -> float:
+    """Share of `slots` x `steps` decode steps that gave none of `tokens`; over several engines sums, and the most
+    steps of any."""
+    return 1 - tokens / (slots * steps) if slots * steps else 0.0

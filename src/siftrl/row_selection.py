@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from siftrl import batch_selection, distributed
+from siftrl import batch_selection, distributed, plugins
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Link
 from siftrl.budget import Budget
@@ -173,6 +176,32 @@ class RowSelection:
         self._scored_last = saved["scored_last"]
         self._seconds_then = dict(self.clock.seconds)
         self._seconds_at_log = dict(self.clock.seconds)
+
+
+def sources_of(data: Any, column: str | None) -> tuple[list[str | None] | None, dict[str | None, int] | None]:
+    """Each row's source, and how many rows of the data set each source has; None, None without a column.
+
+    Raises ValueError for data that cannot be indexed, or has no such column.
+    """
+    if not isinstance(data, Dataset):
+        raise ValueError("batch_selector needs a data set that can be indexed: load it without streaming")
+    if column is None:
+        return None, None
+    if column not in data.column_names:
+        raise ValueError(f"source_column: there is no column {column!r} in the training data")
+    sources = [None if value is None else str(value) for value in data[column][:]]
+    return sources, dict(Counter(sources))
+
+
+def check_selectors(chain: Sequence[Link], args: Any) -> None:
+    """Refuse bad settings, and options of any trainer that cannot work together with a batch selector."""
+    for link in chain:
+        if dataclasses.is_dataclass(link.selector):
+            plugins.check(link.selector)
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
+    if args.world_size > 1 and getattr(args, "parallelism_config", None) is not None:
+        raise ValueError("batch_selector does not work with parallelism_config: a rank must hold whole rows")
 
 
 def check_chain(selection: RowSelection | None, saved: dict[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from siftrl import distributed, state
+from siftrl.row_selection import RowSelection, check_chain
 from siftrl.run import Clock, Recorder
 
 
@@ -21,8 +22,11 @@ class SiftMixin:
     accelerator: Any
     state: Any
     control: Any
+    model: Any
     recorder: Recorder | None
     clock: Clock
+    row_selection: RowSelection | None = None
+    """Where a batch selector is on; its figures, summary and checkpoint go with the trainer's."""
 
     def _init_sift(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
@@ -48,13 +52,16 @@ class SiftMixin:
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.row_selection is not None and self.model.training:
+            logs |= self.row_selection.shares_since_log()
         super().log(logs, start_time)  # type: ignore[misc]
         if self.recorder is not None and distributed.is_main():
             self.recorder.metrics(self.state.global_step, logs)
 
     def sift_summary(self) -> dict[str, Any]:
         """This stage's figures for summary.json: rollouts, tokens (generated or trained on), seconds by part."""
-        return {"rollouts": 0, "tokens": 0, "seconds": self.seconds()}
+        summary = {"rollouts": 0, "tokens": 0, "seconds": self.seconds()}
+        return summary if self.row_selection is None else summary | {"selection": self.row_selection.summary()}
 
     def seconds(self) -> dict[str, float]:
         """Seconds by part and in all, those before a resume included."""
@@ -64,13 +71,17 @@ class SiftMixin:
 
     def sift_state(self) -> dict[str, Any]:
         """What the checkpoint holds beyond TRL's, the same on every rank: plain containers and tensors."""
-        return {"seconds": self.seconds()}
+        saved = {"seconds": self.seconds()}
+        return saved if self.row_selection is None else saved | {"rows": self.row_selection.state_dict()}
 
     def load_sift_state(self, saved: dict[str, Any]) -> None:
         """Go on from `sift_state()`'s answer."""
         earlier = dict(saved["seconds"])
         self._started = time.perf_counter() - earlier.pop("total")
         self.clock.seconds.update(earlier)
+        check_chain(self.row_selection, saved.get("rows"))
+        if self.row_selection is not None:
+            self.row_selection.load_state_dict(saved["rows"])
 
     def rank_state(self) -> dict[str, Any]:
         """What the checkpoint holds of this rank alone."""

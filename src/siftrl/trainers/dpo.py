@@ -13,14 +13,14 @@ from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from siftrl.batch_selection import Link
+from siftrl.batch_selection import Chain, Link, needs_of
 from siftrl.pairs import OF_THE_LOSS, PAIR_LOSSES, PairLoss, PairScorer, check_signals
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.policy import scale_gradient
 from siftrl.run import Recorder
 from siftrl.scoring import Rows
 from siftrl.trainers.base import SiftMixin
-from siftrl.trainers.selected_rows import Chain, SelectedRowsMixin, needs_of
+from siftrl.trainers.selected_rows import SelectedRowsMixin
 from siftrl.types import BatchSelector, Signals
 
 

@@ -26,6 +26,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
 from siftrl import calibration, distributed, lengths, plugins, state, value
+from siftrl.batch_selection import Chain
 from siftrl.evaluate import evaluate, summarise
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.rollout import (
@@ -42,7 +43,7 @@ from siftrl.rollout import (
 from siftrl.run import Recorder
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
-from siftrl.trainers.selected_completions import ROW, Chain, SelectedCompletionsMixin
+from siftrl.trainers.selected_completions import ROW, SelectedCompletionsMixin
 from siftrl.types import BatchSelector, Candidates, PromptSelector, Selection
 
 
@@ -233,8 +234,7 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         self._row_numbers = [first + place for place in places]  # see `_round`
         batch = self._roll_out([data_rows[place] for place in places])
         self._row_numbers = None
-        means = batch["completion_mask"].sum(1).cpu().view(-1, group).double().mean(1)
-        seen = distributed.gather_objects((ids[order], tokens[order], means))
+        seen = distributed.gather_objects((ids[order], tokens[order], self._lengths(batch).view(-1, group).mean(1)))
         all_ids, all_tokens, all_means = (torch.cat(parts) for parts in zip(*seen, strict=True))
         self.lengths.observe(all_ids, all_tokens, None, all_means)
         return batch
@@ -305,11 +305,17 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         return torch.tensor([place for mine in lengths.deal_prompts(expected, world) for place in mine])
 
     def _see_lengths(self, candidates: Candidates, selection: Selection, order: Tensor, batch: dict[str, Any]) -> None:
-        mine = batch["completion_mask"].sum(1).cpu()
-        everyone = torch.cat(distributed.gather_objects(mine)).view(-1, self.num_generations).double().mean(1)
+        mine = self._lengths(batch)
+        everyone = torch.cat(distributed.gather_objects(mine)).view(-1, self.num_generations).mean(1)
         means = torch.empty_like(everyone)
         means[order] = everyone
         self.lengths.observe(*self._length_features(candidates, selection), means)
+
+    def _lengths(self, batch: dict[str, Any]) -> Tensor:
+        """float64 [B], on the CPU: tokens of this rank's completions."""
+        # `mask_truncated_completions` leaves no token of those that came to the limit
+        counts = batch["completion_mask"].sum(1).double().cpu()
+        return torch.where(counts == 0, float(self.max_completion_length), counts)
 
     def _length_features(self, candidates: Candidates, selection: Selection) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = [candidates.rows[index] for index in selection.indices.tolist()]
@@ -415,7 +421,7 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         self.generated_tokens += int(tokens)
         # a step lasts until the slowest rank's last completion: the slots' token steps that no completion used
         slowest = distributed.max_number(lengths.makespan(sizes, slots))
-        self._log_metric_value("rollout/idle_tail", 1 - tokens / max(all_slots * slowest, 1))
+        self._log_metric_value("rollout/idle_tail", lengths.idle_share(tokens, all_slots, slowest))
         if made.prompt_tokens_cached is not None:
             self._log_metric_value("rollout/prefix_hits", cached / max(prompt_tokens, 1))
 

@@ -8,8 +8,6 @@ Without a selector every hook below hands over to TRL unchanged.
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import GRPOConfig
 
-from siftrl import batch_selection, distributed, plugins, policy
+from siftrl import batch_selection, distributed, policy
 from siftrl.batch_arithmetic import kept_rows
+from siftrl.batch_selection import Chain
 from siftrl.parts import PartNames
-from siftrl.row_selection import RowSelection, check_chain
+from siftrl.row_selection import RowSelection, check_selectors, sources_of
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import ScoredBatch, Scorer
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
 from siftrl.types import BatchSelector, Selection
 
-Chain = Sequence[tuple[BatchSelector, float | int]]
 ROW = "siftrl_row"
 """A column that says which row of the data set it is; taken out before a reward sees it."""
 
@@ -59,6 +57,7 @@ class SelectedCompletionsMixin:
     clock: Clock
     model: Any
     recorder: Recorder | None
+    row_selection: RowSelection | None
     state: Any
     train_dataset: Any
     # TRL's
@@ -90,7 +89,6 @@ class SelectedCompletionsMixin:
         skip_zero_advantage: bool | None,
     ) -> GRPOConfig:
         """`args` as TRL's trainer gets them: those of the completions that are kept."""
-        self.row_selection: RowSelection | None = None
         self.skip_zero_advantage = skip_zero_advantage
         self._rows_per_rank = args.generation_batch_size // args.world_size
         self._under_way: dict[str, Any] | None = None  # the micro-batch whose loss is computed
@@ -107,20 +105,12 @@ class SelectedCompletionsMixin:
     def _set_up_rows(
         self, source_column: str | None, scoring_batch_size: int, parts: PartNames, max_overhead: float | None
     ) -> None:
-        data = self.train_dataset
-        if not isinstance(data, Dataset):
-            raise ValueError("batch_selector needs a data set that can be indexed: load it without streaming")
-        self._sources: list[str | None] | None = None
-        if source_column is not None:
-            if source_column not in data.column_names:
-                raise ValueError(f"source_column: there is no column {source_column!r} in the training data")
-            self._sources = [None if value is None else str(value) for value in data[source_column][:]]
-        self._source_sizes = None if self._sources is None else dict(Counter(self._sources))
+        self._sources, self._source_sizes = sources_of(self.train_dataset, source_column)
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), "grpo")
         scorer = Scorer(
             self.model,
-            frozenset().union(*(link.selector.needs for link in self.chain)),
+            batch_selection.needs_of(self.chain),
             lambda rows: policy.collate(rows, self._tokenizer.pad_token_id),
             micro_batch_size=scoring_batch_size,
             device=self.accelerator.device,
@@ -295,38 +285,11 @@ class SelectedCompletionsMixin:
         self._log_metric_value("sampling/sampling_logp_difference/max", distributed.max_number(gaps.max().item()))
         self._log_metric_value("sampling/importance_sampling_ratio/mean", (counts[2] / counts[3].clamp(min=1)).item())
 
-    # -- records and checkpoints ------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.row_selection is not None and self.model.training:
-            logs |= self.row_selection.shares_since_log()
-        super().log(logs, start_time)  # type: ignore[misc]
-
-    def sift_summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = super().sift_summary()  # type: ignore[misc]
-        return summary if self.row_selection is None else summary | {"selection": self.row_selection.summary()}
-
-    def sift_state(self) -> dict[str, Any]:
-        saved: dict[str, Any] = super().sift_state()  # type: ignore[misc]
-        return saved if self.row_selection is None else saved | {"rows": self.row_selection.state_dict()}
-
-    def load_sift_state(self, saved: dict[str, Any]) -> None:
-        super().load_sift_state(saved)  # type: ignore[misc]
-        check_chain(self.row_selection, saved.get("rows"))
-        if self.row_selection is not None:
-            self.row_selection.load_state_dict(saved["rows"])
-
 
 def _check(chain: Sequence[batch_selection.Link], args: GRPOConfig) -> None:
     """Refuse what cannot work together with a batch selector, before anything is loaded."""
-    for link in chain:
-        if dataclasses.is_dataclass(link.selector):
-            plugins.check(link.selector)
-    if args.auto_find_batch_size:
-        raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
+    check_selectors(chain, args)
     if args.remove_unused_columns:
         raise ValueError(
             "remove_unused_columns does not work with batch_selector, which numbers the rows: leave it out"
         )
-    if args.world_size > 1 and getattr(args, "parallelism_config", None) is not None:
-        raise ValueError("batch_selector does not work with parallelism_config: a rank must hold whole rows")

@@ -9,29 +9,26 @@ Without a selector every hook below hands over to TRL unchanged, and the losses 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from siftrl import batch_selection, distributed, plugins, state
+from siftrl import batch_selection, distributed, state
 from siftrl.batch_arithmetic import kept_rows
-from siftrl.batch_selection import Link
-from siftrl.row_selection import RowSelection, check_chain
+from siftrl.batch_selection import Chain, Link
+from siftrl.row_selection import RowSelection, check_selectors, sources_of
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import Rows, Scorer
 from siftrl.types import BatchSelector, Selection, Signals
 
-Chain = Sequence[tuple[BatchSelector, float | int]]
 
-
-class SelectedRowsMixin:
+class SelectedRowsMixin(ABC):
     """Put before `SiftMixin` in the bases. The trainer says what its rows are: see the methods under "a row".
 
     Before TRL's constructor call `_plan_rows`, and after it `_init_sift` and, where there is a chain, `_set_up_rows`.
@@ -47,6 +44,7 @@ class SelectedRowsMixin:
     clock: Clock
     model: Any
     recorder: Recorder | None
+    row_selection: RowSelection | None
     state: Any
     train_dataset: Any
     _metrics: dict[str, Any]
@@ -56,7 +54,6 @@ class SelectedRowsMixin:
         self, args: Any, batch_selector: BatchSelector | Chain | None, keep: float | int, candidates: int | None
     ) -> Any:
         """`args` as TRL's trainer gets them: those of the rows that are kept."""
-        self.row_selection: RowSelection | None = None
         self.chain = [] if batch_selector is None else batch_selection.links(batch_selector, keep)
         if not self.chain:
             return args
@@ -66,8 +63,7 @@ class SelectedRowsMixin:
 
     def _check_data(self) -> None:
         data = self.train_dataset
-        if not isinstance(data, Dataset):
-            raise ValueError("batch_selector needs a data set that can be indexed: load it without streaming")
+        sources_of(data, None)
         if len(data) < self.rows_read_per_step:
             raise ValueError(
                 f"a step reads {self.rows_read_per_step} candidate rows, but the data set has {len(data)}: lower "
@@ -77,12 +73,7 @@ class SelectedRowsMixin:
     def _set_up_rows(self, kind: str, scorer: Scorer, source_column: str | None, max_overhead: float | None) -> None:
         data = self.train_dataset
         self._columns = data.select_columns([name for name in self.columns_read if name in data.column_names])
-        self._sources: list[str | None] | None = None
-        if source_column is not None:
-            if source_column not in data.column_names:
-                raise ValueError(f"source_column: there is no column {source_column!r} in the training data")
-            self._sources = [None if value is None else str(value) for value in data[source_column][:]]
-        self._source_sizes = None if self._sources is None else dict(Counter(self._sources))
+        self._sources, self._source_sizes = sources_of(data, source_column)
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), kind)
         self.row_stream = state.PromptStream(len(data), self.args.seed)
@@ -97,16 +88,16 @@ class SelectedRowsMixin:
 
     # -- a row -------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def describe_rows(self, rows: Rows) -> Signals:
         """What is known of the rows without the model: tokens, and what they count in the loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate_kept(self, rows: Rows, weights: Tensor, even: float) -> dict[str, Tensor]:
         """A micro-batch of kept rows, for TRL's `compute_loss`.
 
         weights: float [n]. even: rows of a micro-batch, were all of the step's micro-batches equal.
         """
-        raise NotImplementedError
 
     def muted(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row as one that bears no loss; its weight is 0, too."""
@@ -205,38 +196,25 @@ class SelectedRowsMixin:
         for name, figure in figures.items():
             self._metrics["train"][f"batch/{name}"].append(figure)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.row_selection is not None and self.model.training:
-            logs |= self.row_selection.shares_since_log()
-        super().log(logs, start_time)  # type: ignore[misc]
-
     def sift_summary(self) -> dict[str, Any]:
-        summary = super().sift_summary() | {"tokens": int(self._total_train_tokens)}  # type: ignore[misc]
-        return summary if self.row_selection is None else summary | {"selection": self.row_selection.summary()}
+        return super().sift_summary() | {"tokens": int(self._total_train_tokens)}  # type: ignore[misc, no-any-return]
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def sift_state(self) -> dict[str, Any]:
         saved = super().sift_state() | {"tokens": self._total_train_tokens}  # type: ignore[misc]
         if self.row_selection is not None:
-            saved |= {"stream": self.row_stream.state_dict(), "rows": self.row_selection.state_dict()}
+            saved["stream"] = self.row_stream.state_dict()
         return saved
 
     def load_sift_state(self, saved: dict[str, Any]) -> None:
         super().load_sift_state(saved)  # type: ignore[misc]
         self._total_train_tokens = saved["tokens"]
-        check_chain(self.row_selection, saved.get("rows"))
         if self.row_selection is not None:
             self.row_stream.load_state_dict(saved["stream"])
-            self.row_selection.load_state_dict(saved["rows"])
 
 
 # ------------------------------------------------------------------------------------------- before the run starts
-
-
-def needs_of(chain: Sequence[Link]) -> frozenset[Any]:
-    """The signals that the chain's selectors need."""
-    return frozenset().union(*(link.selector.needs for link in chain))
 
 
 def _rows_per_step(args: TrainingArguments) -> int:
@@ -266,17 +244,12 @@ def _for_kept_rows(args: Any, chain: Sequence[Link], candidates: int) -> Any:
 
 def _check(chain: Sequence[Link], args: Any) -> None:
     """Refuse what cannot work together with a batch selector, before anything is loaded."""
+    check_selectors(chain, args)
     for link in chain:
-        if dataclasses.is_dataclass(link.selector):
-            plugins.check(link.selector)
         if link.selector.reads_rewards:
             raise ValueError(
                 f"batch_selector {type(link.selector).__name__} reads rewards, which these rows have none of: it is "
                 "for GRPOTrainer; here take, for example, high_loss"
             )
-    if args.auto_find_batch_size:
-        raise ValueError("auto_find_batch_size does not work with batch_selector: set per_device_train_batch_size")
     if getattr(args, "train_sampling_strategy", "random") != "random":
         raise ValueError("train_sampling_strategy does not work with batch_selector: the order of rows is its own")
-    if args.world_size > 1 and getattr(args, "parallelism_config", None) is not None:
-        raise ValueError("batch_selector does not work with parallelism_config: a rank must hold whole rows")

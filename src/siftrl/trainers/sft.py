@@ -13,11 +13,12 @@ from trl import SFTTrainer as TRLSFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from siftrl import batch_selection
+from siftrl.batch_selection import Chain, needs_of
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.run import Recorder
 from siftrl.scoring import Rows, Scorer
 from siftrl.trainers.base import SiftMixin
-from siftrl.trainers.selected_rows import Chain, SelectedRowsMixin, needs_of
+from siftrl.trainers.selected_rows import SelectedRowsMixin
 from siftrl.types import BatchSelector, Selection, Signals
 
 
