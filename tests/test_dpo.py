@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import yaml
 from conftest import SMALL_RUN
 from datasets import Dataset
+from keeping import First, logged, losses
 from launch import run_ranks
 from peft import LoraConfig
 from torch import Tensor
@@ -28,7 +27,6 @@ from siftrl import DPOTrainer, pipeline, plugins
 from siftrl.pairs import PAIR_LOSSES, PairLoss
 from siftrl.recipe import RecipeError, load_recipe
 from siftrl.signals import Embedding, Entropy, GradientNorm, Loss, NuclearNorm, ReferenceLoss, ValueGradient
-from siftrl.types import BatchSelector, Selection, Signals
 
 pytestmark = pytest.mark.slow
 
@@ -44,32 +42,6 @@ def preferences() -> Dataset:
             "source": ["words" if index % 8 == 0 else "sums" for index in range(len(rows))],
         }
     )
-
-
-@dataclass
-class First(BatchSelector):
-    """Keeps the first pairs, with weights 1, 2, 3, ... where asked for; remembers what it was shown."""
-
-    weigh: bool = False
-    wants: Sequence[Any] = (Loss(),)
-
-    def __post_init__(self) -> None:
-        self.seen: list[Signals] = []
-        self.kept: list[Selection] = []
-
-    @property
-    def needs(self) -> frozenset[Any]:
-        return frozenset(self.wants)
-
-    @property
-    def weighted(self) -> bool:
-        return self.weigh
-
-    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
-        self.seen.append(signals)
-        weights = torch.arange(1.0, keep + 1) if self.weigh else None
-        self.kept.append(Selection.of(torch.arange(keep), len(signals), weights=weights))
-        return self.kept[-1]
 
 
 def dpo_args(folder: Path, **changes: Any) -> DPOConfig:
@@ -98,14 +70,6 @@ def train(*args: Any, **changes: Any) -> DPOTrainer:
     trainer = build(*args, **changes)
     trainer.train()
     return trainer
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[f"batch/{name}"] for entry in trainer.state.log_history if f"batch/{name}" in entry]
 
 
 def sequence(row: dict[str, Any], which: str) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import digit_share, grpo_args, letter_sum
+from keeping import First, Unmeasured, logged, losses
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -19,37 +20,8 @@ from siftrl import plugins
 from siftrl.signals import Loss, ValueGradient
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.grpo import GRPOTrainer
-from siftrl.types import BatchSelector, Selection, Signals
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class First(BatchSelector):
-    """Keeps the first rows that it is given, with weights 1, 2, 3, ... where asked for; remembers both."""
-
-    weigh: bool = False
-
-    def __post_init__(self) -> None:
-        self.seen: list[Signals] = []
-        self.kept: list[Selection] = []
-
-    @property
-    def weighted(self) -> bool:
-        return self.weigh
-
-    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
-        self.seen.append(signals)
-        weights = torch.arange(1.0, keep + 1) if self.weigh else None
-        self.kept.append(Selection.of(torch.arange(keep), len(signals), weights=weights))
-        return self.kept[-1]
-
-
-@dataclass
-class FirstByLoss(First):
-    """The same, but asks for a signal."""
-
-    needs: ClassVar[frozenset[Any]] = frozenset({Loss()})
 
 
 class Watching(GRPOTrainer):
@@ -69,14 +41,6 @@ class Watching(GRPOTrainer):
 def small_first(completions: list[str], prompts: list[str], **columns: Any) -> list[float]:
     """The same for all completions of a prompt, unless its first digit is below 4."""
     return [float(text[:1] > "a") if prompt < "4" else 0.1 for text, prompt in zip(completions, prompts, strict=True)]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[f"batch/{name}"] for entry in trainer.state.log_history if f"batch/{name}" in entry]
 
 
 def selector(name: str, **options: Any) -> Any:
@@ -162,7 +126,7 @@ def test_the_selected_step_by_hand(
     tiny_model: str, sums: Any, tmp_path: Path, kind: str, changes: dict[str, Any], weigh: bool
 ) -> None:
     """12 of 16 completions in micro-batches of 4, 2 iterations: two steps of SGD, in the second ratios are not 1."""
-    chooser = First(weigh=weigh)
+    chooser = Unmeasured(weigh=weigh)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
     hand, first = copy.deepcopy(model), copy.deepcopy(model)
     trainer = build(
@@ -231,7 +195,7 @@ def test_keeping_all_completions_is_trls_step_bit_for_bit(
     changes = {"loss_type": kind, "num_iterations": 2, "max_steps": 4}
     args = grpo_args(tmp_path / "trl", **changes)
     theirs = run(TRLGRPOTrainer(model=tiny_model, reward_funcs=small_first, args=args, train_dataset=sums))
-    ours = run(build(tiny_model, tmp_path / "ours", sums, First(), keep=1.0, reward=small_first, **changes))
+    ours = run(build(tiny_model, tmp_path / "ours", sums, Unmeasured(), keep=1.0, reward=small_first, **changes))
     assert losses(ours) == losses(theirs) and any(losses(theirs))
     for mine, yours in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(mine, yours)
@@ -281,7 +245,7 @@ def test_no_advantage_anywhere_is_a_step_without_a_gradient(tiny_model: str, sum
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
     before = copy.deepcopy(model)
     trainer = build(
-        model, tmp_path, sums, First(), reward=lambda completions, **columns: [0.1] * len(completions), max_steps=2
+        model, tmp_path, sums, Unmeasured(), reward=lambda completions, **columns: [0.1] * len(completions), max_steps=2
     )
     trainer.train()
     assert logged(trainer, "rows_run") == [0, 0] and logged(trainer, "with_advantage") == [0, 0]
@@ -290,7 +254,7 @@ def test_no_advantage_anywhere_is_a_step_without_a_gradient(tiny_model: str, sum
 
 def test_rows_without_an_advantage_take_no_ones_place(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """14 of 16 are kept: all that have an advantage, and others only because they are too few; those are not run."""
-    chooser = First()
+    chooser = Unmeasured()
     trainer = run(
         build(
             tiny_model,
@@ -331,7 +295,7 @@ def decoded(trainer: Any, rows: list[dict[str, Tensor]]) -> list[str]:
 
 def test_a_kl_penalty_has_every_kept_completion_run(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     trainer = run(
-        build(tiny_model, tmp_path, sums, First(), Watching, keep=0.5, reward=small_first, beta=0.1, max_steps=2)
+        build(tiny_model, tmp_path, sums, Unmeasured(), Watching, keep=0.5, reward=small_first, beta=0.1, max_steps=2)
     )
     assert logged(trainer, "rows_run") == [8, 8]
     lines = [json.loads(line)["completions"] for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
@@ -353,7 +317,7 @@ def test_dropped_completions_get_no_pass(tiny_model: str, sums: Any, tmp_path: P
             passes[module.training] += len(kwargs["input_ids"])
 
     model.model.register_forward_hook(count, with_kwargs=True)
-    trainer = run(build(model, tmp_path, sums, FirstByLoss(), keep=4, reward=letter_sum))
+    trainer = run(build(model, tmp_path, sums, First(), keep=4, reward=letter_sum))
     assert passes == {True: 12, False: 48}
     assert logged(trainer, "rows_read") == logged(trainer, "rows_scored") == [16] * 3
     assert logged(trainer, "rows_trained") == [4] * 3
@@ -363,15 +327,15 @@ def test_dropped_completions_get_no_pass(tiny_model: str, sums: Any, tmp_path: P
 
 def test_free_selectors_before_it_spare_the_scoring(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """8 of 16 survive the first selector, so 8 are scored."""
-    chooser = FirstByLoss()
-    trainer = run(build(tiny_model, tmp_path, sums, [(First(), 0.5), (chooser, 0.5)], reward=letter_sum))
+    chooser = First()
+    trainer = run(build(tiny_model, tmp_path, sums, [(Unmeasured(), 0.5), (chooser, 0.5)], reward=letter_sum))
     assert logged(trainer, "rows_scored") == [8] * 3 and logged(trainer, "rows_trained") == [4] * 3
     assert [len(signals) for signals in chooser.seen] == [8] * 3
 
 
 def test_optimizer_steps_of_one_rollout(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """4 micro-batches of 4 in 2 optimizer steps become 2 of 4 in 2; each kept row is in one of them, twice over."""
-    chooser = First()
+    chooser = Unmeasured()
     trainer = run(
         build(
             tiny_model,
@@ -444,7 +408,7 @@ def test_prompts_whose_completions_will_be_long_are_rolled_out_first(
     def start(folder: str, by_length: bool) -> Any:
         chosen = selector(prompts) if prompts else None
         trainer = build(
-            tiny_model, tmp_path / folder, sums, First(), Watching, prompt_selector=chosen, reward=letter_sum
+            tiny_model, tmp_path / folder, sums, Unmeasured(), Watching, prompt_selector=chosen, reward=letter_sum
         )
         # lengths that the prompts tell: longer ones for larger first digits
         trainer.lengths.predict = lambda ids, tokens, predicted: ids.double() if by_length else -ids.double()
@@ -474,7 +438,7 @@ def test_what_cannot_work_is_said_before_training(
     tiny_model: str, sums: Any, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        build(tiny_model, tmp_path, sums, First(), per_device_train_batch_size=4, **changes)
+        build(tiny_model, tmp_path, sums, Unmeasured(), per_device_train_batch_size=4, **changes)
 
 
 # ----------------------------------------------------------------------------------- what the signals say of a policy
@@ -552,7 +516,7 @@ def test_the_scored_gradient_is_that_of_trls_loss(
 
 def test_figures_count_by_the_advantage(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """Loss: |A| times the mean over tokens of -log p."""
-    chooser = FirstByLoss()
+    chooser = First()
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
     before = copy.deepcopy(model)
     trainer = run(build(model, tmp_path, sums, chooser, Watching, reward=letter_sum, max_steps=1, temperature=0.5))
@@ -566,7 +530,7 @@ def test_the_budget_stops_the_scoring_and_says_so_once(
     tiny_model: str, sums: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A thousandth of a step is too little for any: after the steps that measure, rows are taken at random."""
-    trainer = run(build(tiny_model, tmp_path, sums, FirstByLoss(), max_overhead=1e-3, max_steps=8, reward=letter_sum))
+    trainer = run(build(tiny_model, tmp_path, sums, First(), max_overhead=1e-3, max_steps=8, reward=letter_sum))
     scored = logged(trainer, "rows_scored")
     assert min(scored[:2]) > 12 and scored[-1] == 0  # all that have an advantage, then none
     assert logged(trainer, "rows_trained") == [8] * 8
@@ -623,3 +587,18 @@ def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
         torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-4)
     off = [entry["sampling/sampling_logp_difference/mean"] for entry in spared.state.log_history if "loss" in entry]
     assert min(off) > 1e-4
+
+
+def test_completions_that_are_masked_for_their_length_count_as_the_longest(
+    tiny_model: str, sums: Any, tmp_path: Path
+) -> None:
+    """Of a random model's completions nearly all come to the limit of 6 tokens; their masks are empty."""
+    trainer = build(
+        tiny_model, tmp_path, sums, Unmeasured(), Watching, reward=letter_sum, mask_truncated_completions=True
+    )
+    seen: list[Tensor] = []
+    trainer.lengths.observe = lambda ids, tokens, predicted, lengths: seen.append(lengths)
+    trainer.train()
+    masked = [row for row in trainer.rollout_rows[0] if not row["completion_mask"].any()]
+    assert len(masked) > 8
+    assert seen[0].min() > 3

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from conftest import sft_args, worded_sums
 from datasets import Dataset
+from keeping import First, logged, losses
 from launch import run_ranks
 from peft import LoraConfig
 from torch import Tensor
@@ -20,40 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer as TRLSFTTrainer
 
 from siftrl import SFTTrainer, plugins
-from siftrl.signals import Loss
-from siftrl.types import BatchSelector, Selection, Signals
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class First(BatchSelector):
-    """Keeps the first rows, with weights 1, 2, 3, ... where asked for; remembers what it was shown."""
-
-    weigh: bool = False
-    needs: ClassVar[frozenset[Any]] = frozenset({Loss()})
-
-    def __post_init__(self) -> None:
-        self.seen: list[Signals] = []
-        self.kept: list[Selection] = []
-
-    @property
-    def weighted(self) -> bool:
-        return self.weigh
-
-    def select(self, signals: Signals, keep: int, generator: torch.Generator) -> Selection:
-        self.seen.append(signals)
-        weights = torch.arange(1.0, keep + 1) if self.weigh else None
-        self.kept.append(Selection.of(torch.arange(keep), len(signals), weights=weights))
-        return self.kept[-1]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    return [entry[f"batch/{name}"] for entry in trainer.state.log_history if f"batch/{name}" in entry]
 
 
 def train(model: Any, folder: Path, selector: Any, data: Dataset | None = None, **changes: Any) -> SFTTrainer:
@@ -391,7 +359,7 @@ def test_resumed_run_ends_where_the_whole_one_did(tiny_model: str, tmp_path: Pat
 def test_resume_with_another_chain_is_refused(tiny_model: str, tmp_path: Path) -> None:
     train(tiny_model, tmp_path, First(), max_steps=1, save_strategy="steps", save_steps=1)
     other = SFTTrainer(tiny_model, sft_args(tmp_path), train_dataset=worded_sums(), batch_selector=chain_with_memory())
-    with pytest.raises(ValueError, match="with batch_selector test_sft, this run has utility_diversity -> g"):
+    with pytest.raises(ValueError, match="with batch_selector keeping, this run has utility_diversity -> g"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
