@@ -191,8 +191,7 @@ def _rollout(model: Any, tokenizer: Any, index: int, reward: Callable[[str, str]
                 "completion_ids": completion,
                 "completion_mask": torch.ones_like(completion),
                 "advantages": advantages.flatten()[row],
-            },
-            torch.ones(1),
+            }
         )
         for row, completion in enumerate(completions)
     ]

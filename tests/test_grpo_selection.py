@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import digit_share, grpo_args, letter_sum
 from keeping import First, Unmeasured, logged, losses
+from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -20,6 +22,7 @@ from siftrl import plugins
 from siftrl.signals import Loss, ValueGradient
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.grpo import GRPOTrainer
+from siftrl.value import decoder
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +52,7 @@ def selector(name: str, **options: Any) -> Any:
 
 def build(model: Any, folder: Path, data: Any, batch_selector: Any, kind: Any = GRPOTrainer, **changes: Any) -> Any:
     ours = ("keep", "source_column", "scoring_batch_size", "skip_zero_advantage", "prompt_selector", "max_overhead")
+    ours += ("peft_config",)
     options = {name: changes.pop(name) for name in ours if name in changes}
     reward = changes.pop("reward", digit_share)
     return kind(
@@ -325,6 +329,48 @@ def test_dropped_completions_get_no_pass(tiny_model: str, sums: Any, tmp_path: P
     assert trainer.rollouts == 48
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_the_old_policy_and_the_reference_run_only_what_is_kept(
+    tiny_model: str, sums: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+) -> None:
+    """Two iterations and a KL penalty: TRL runs all 16 completions for each, here the 4 kept ones; the steps agree."""
+
+    def start(folder: str) -> tuple[Any, list[int]]:
+        trainer = build(
+            AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32"),
+            tmp_path / folder,
+            sums,
+            Unmeasured(),
+            keep=4,
+            reward=letter_sum,
+            num_iterations=2,
+            beta=0.1,
+            max_steps=4,
+            peft_config=LoraConfig(r=2, init_lora_weights=False) if adapter else None,
+        )
+        passes: list[int] = []
+
+        def count(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if not kwargs.get("use_cache"):  # that is generation
+                passes.append(len(kwargs["input_ids"]))
+
+        bodies = {id(m): m for m in (decoder(trainer.model), decoder(trainer.ref_model or trainer.model))}
+        for body in bodies.values():
+            body.register_forward_hook(count, with_kwargs=True)
+        trainer.train()
+        return trainer, passes
+
+    spared, few = start("spared")
+    assert sum(few) == 2 * (4 + 4) + 4 * 4  # two rollouts' passes, and four steps
+    monkeypatch.setattr(GRPOTrainer, "_without_old_passes", contextlib.nullcontext)
+    whole, many = start("whole")
+    assert sum(many) == 2 * (16 + 16) + 4 * 4
+    assert losses(spared) == pytest.approx(losses(whole), abs=1e-6)
+    assert [entry["kl"] for entry in spared.state.log_history if "kl" in entry][-1] > 1e-6
+    for mine, yours in zip(spared.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-4)
+
+
 def test_free_selectors_before_it_spare_the_scoring(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """8 of 16 survive the first selector, so 8 are scored."""
     chooser = First()
@@ -541,11 +587,23 @@ def test_the_budget_stops_the_scoring_and_says_so_once(
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize(
+    ("mode", "iterations", "spared_rows"),
+    [("token_truncate", 1, 2 * 16), ("sequence_mask", 1, 2 * 16), ("token_truncate", 2, 16 - 8)],
+)
 def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
-    tiny_model: str, sums: Any, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str,
+    sums: Any,
+    tmp_path: Path,
+    mode: str,
+    iterations: int,
+    spared_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """TRL runs all 16 completions for the correction of the engine's probabilities; here the trained ones give it."""
+    """TRL runs all 16 completions for the correction of the engine's probabilities; here the trained ones give it.
+
+    With a second iteration the old policy's probabilities are needed, too: of the 8 kept ones.
+    """
 
     def start(folder: str) -> tuple[Any, list[int]]:
         chain = [(selector("largest_advantage"), 12), (selector("gradient_coreset"), 8)]
@@ -558,6 +616,7 @@ def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
             vllm_mode="colocate",
             vllm_max_model_length=64,
             vllm_importance_sampling_mode=mode,
+            num_iterations=iterations,
             reward=letter_sum,
             max_steps=2,
         )
@@ -579,14 +638,15 @@ def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
         return trainer, passes
 
     spared, few = start("spared")
-    monkeypatch.setattr(GRPOTrainer, "_spares_old_pass", False)
+    monkeypatch.setattr(GRPOTrainer, "_without_old_passes", contextlib.nullcontext)
     whole, many = start("whole")
-    assert sum(many) - sum(few) == 2 * 16
+    assert sum(many) - sum(few) == spared_rows
     assert losses(spared) == pytest.approx(losses(whole), abs=1e-6)
     for mine, yours in zip(spared.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-4)
-    off = [entry["sampling/sampling_logp_difference/mean"] for entry in spared.state.log_history if "loss" in entry]
-    assert min(off) > 1e-4
+    name = "sampling/sampling_logp_difference/mean"
+    off = [entry[name] for entry in spared.state.log_history if name in entry]
+    assert len(off) == 2 // iterations and min(off) > 1e-4
 
 
 def test_completions_that_are_masked_for_their_length_count_as_the_longest(

@@ -50,14 +50,13 @@ def test_rows_are_collated_each_thing_at_its_tokens_place() -> None:
     tool = {"tool_mask": torch.tensor([1, 0])}
     reference = [{"ref_per_token_logps": torch.tensor(values)} for values in ([-1.0, -2.0], [-3.0])]
     rows = [
-        as_row(made([5, 6], [7, 8], [1, 1], **tool, **reference[0]), torch.tensor([0.1, 0.2])),
-        as_row(made([9], [4], [1], **reference[1]), torch.tensor([0.3])),
+        as_row(made([5, 6], [7, 8], [1, 1], **tool, **reference[0])),
+        as_row(made([9], [4], [1], **reference[1])),
     ]
     batch = collate(rows, pad_token_id=3)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, -100], [-100, 4, -100, -100]]
-    torch.testing.assert_close(batch["corrections"], torch.tensor([[1, 1, 0.1, 0.2], [1, 0.3, 1, 1]]))
     assert batch["reference"].tolist() == [[0, 0, -1, -2], [0, -3, 0, 0]]
     assert batch["advantages"].tolist() == [0.5, 0.5]
 

@@ -74,14 +74,14 @@ def engine_corrections(
 def scored_losses(batch: ScoredBatch, beta: float, correct_kl: bool, corrections: Tensor | None = None) -> Tensor:
     """float32 [B]: `row_losses` of a batch that is being scored, see `collate`.
 
-    corrections: float, broadcast to [B, T - 1]; None: those of the rows.
+    corrections: float, broadcast to [B, T - 1]; None: 1.
     """
-    given = batch.given
+    given, log_probs = batch.given, batch.output.log_probs
     return row_losses(
-        batch.output.log_probs,
+        log_probs,
         bears_loss(batch),
         given["advantages"],
-        given["corrections"][:, 1:] if corrections is None else corrections,
+        torch.ones_like(log_probs) if corrections is None else corrections,
         given["reference"][:, 1:] if "reference" in given else None,
         beta,
         correct_kl,
@@ -96,11 +96,11 @@ def bears_loss(batch: ScoredBatch) -> Tensor:
 def collate(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """Completions with their prompts, for scoring: padded on the right, everything at its token's place.
 
-    rows: as `as_row` makes them. Returns "input_ids", "attention_mask" and "labels", int64 [B, T]; "corrections", and
-    where the rows have them "reference" and "sampling", float32 [B, T]; "advantages", float32 [B].
+    rows: as `as_row` makes them. Returns "input_ids", "attention_mask" and "labels", int64 [B, T]; "advantages",
+    float32 [B]; and where the rows have them "reference" and "sampling", float32 [B, T].
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    fills = {"input_ids": pad_token_id, "labels": IGNORED, "corrections": 1.0, "reference": 0.0, "sampling": 0.0}
+    fills = {"input_ids": pad_token_id, "labels": IGNORED, "reference": 0.0, "sampling": 0.0}
     batch = {"attention_mask": torch.zeros(len(rows), max(lengths), dtype=torch.int64)}
     for index, length in enumerate(lengths):
         batch["attention_mask"][index, :length] = 1
@@ -112,21 +112,17 @@ def collate(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tenso
     return batch
 
 
-def as_row(row: dict[str, Tensor], corrections: Tensor) -> dict[str, Tensor]:
-    """A row of a generation batch (see `siftrl.trainers.rows`) as `collate` takes it.
-
-    corrections: float, broadcast to the completion's tokens.
-    """
+def as_row(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A row of a generation batch (see `siftrl.trainers.rows`) as `collate` takes it."""
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     made = {
         "input_ids": torch.cat([prompt, completion]),
         "labels": torch.cat([torch.full_like(prompt, IGNORED), completion.masked_fill(~loss_mask(row), IGNORED)]),
-        "corrections": _behind(prompt, corrections.float().expand(len(completion)), 1.0),
         "advantages": row["advantages"],
     }
     for name, key in (("reference", "ref_per_token_logps"), ("sampling", "sampling_per_token_logps")):
         if key in row:
-            made[name] = _behind(prompt, row[key].float(), 0.0)
+            made[name] = torch.cat([torch.zeros(len(prompt)), row[key].float()])
     return made
 
 
@@ -134,10 +130,6 @@ def loss_mask(row: dict[str, Tensor]) -> Tensor:
     """bool [T]: the tokens of a row's completion that bear loss, not those that a tool wrote."""
     mask = row["completion_mask"].bool()
     return mask & row["tool_mask"].bool() if "tool_mask" in row else mask
-
-
-def _behind(prompt: Tensor, values: Tensor, fill: float) -> Tensor:
-    return torch.cat([torch.full((len(prompt),), fill), values])
 
 
 # ----------------------------------------------------------------------------------------- the kept rows' own loss

@@ -209,6 +209,8 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
             batch = self._roll_out(inputs)
         if self.row_selection is not None:
             self._kept = self._keep_completions(batch)
+            for micro_batch in self._kept:
+                self._add_log_probs(micro_batch)
         return batch
 
     def _roll_out(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,8 +218,7 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
         if self.row_selection is None:
             return super()._generate_and_score_completions(data_rows)
         ids, plain = self.take_ids(data_rows)
-        corrects = self.vllm_importance_sampling_correction and not self._spares_old_pass
-        with replaced(self, "vllm_importance_sampling_correction", corrects):
+        with self._without_old_passes():
             batch = super()._generate_and_score_completions(plain)
         assert self._group_rewards is not None
         rewards = self._group_rewards.flatten()[self.accelerator.process_index * len(ids) :][: len(ids)]

@@ -8,7 +8,8 @@ Without a selector every hook below hands over to TRL unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from trl import GRPOConfig
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 from siftrl import batch_selection, distributed, policy
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain
 from siftrl.parts import PartNames
+from siftrl.rollout import replaced
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import ScoredBatch, Scorer
+from siftrl.signals import ValueGradient
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
 from siftrl.types import BatchSelector, Selection
@@ -69,6 +74,7 @@ class SelectedCompletionsMixin:
     multi_objective_aggregation: str
     num_generations: int
     num_iterations: int
+    ref_model: Any
     temperature: float
     use_vllm: bool
     vllm_importance_sampling_correction: bool
@@ -156,7 +162,7 @@ class SelectedCompletionsMixin:
             notes = [None if usable else "no advantage" for usable in teaches.tolist()]
             selection, figures = self.row_selection.choose(
                 step,
-                lambda place: policy.as_row(rows[place], rows[place].get("importance_sampling_ratio", torch.ones(1))),
+                lambda place: policy.as_row(rows[place]),
                 signals,
                 teaches,
                 notes,
@@ -191,16 +197,55 @@ class SelectedCompletionsMixin:
         without_gradient = self.beta == 0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
         return without_gradient and self.skip_zero_advantage is not False
 
-    @property
-    def _spares_old_pass(self) -> bool:
-        """Whether TRL's pass for the rollout policy's log-probabilities is left out.
+    # -- log-probabilities under the policy of the rollout, and under the reference model ------------------------
 
-        It serves the correction for vLLM's own probabilities, and costs a forward pass of all completions. Where each
-        rollout serves one optimizer step, the policy that made it is the one that the loss is computed with, whose
-        log-probabilities are at hand there.
+    @contextmanager
+    def _without_old_passes(self) -> Iterator[None]:
+        """TRL's rollout without its passes over all completions; `_add_log_probs` makes up for the kept ones.
+
+        They find the log-probabilities under the policy that made them, for ratios and to correct for vLLM's own,
+        and those under the reference model.
         """
-        one_step = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
-        return self.row_selection is not None and self._corrects_engine and one_step
+        steps_in_rollout = self.args.steps_per_generation * self.num_iterations
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self, "vllm_importance_sampling_correction", False))
+            stack.enter_context(replaced(self.args, "gradient_accumulation_steps", steps_in_rollout))
+            if not any(isinstance(signal, ValueGradient) for signal in batch_selection.needs_of(self.chain)):
+                stack.enter_context(replaced(self, "beta", 0.0))  # else the KL penalty is in each row's signal
+            yield
+
+    def _add_log_probs(self, inputs: dict[str, Any]) -> None:
+        """What TRL's loss looks for in a micro-batch of kept completions, and their rollout did not compute."""
+        width = inputs["completion_ids"].size(1)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            # Where a rollout serves one optimizer step, its policy is the one that the loss is computed with
+            if not self._one_step and "old_per_token_logps" not in inputs:
+                old = self._get_per_token_logps_and_entropies(self.model, ids, mask, width)[0]
+                inputs["old_per_token_logps"] = old
+                if self._corrects_engine:
+                    self._correct(inputs, old)
+            if self.beta != 0 and "ref_per_token_logps" not in inputs:
+                with self._reference() as model:
+                    found = self._get_per_token_logps_and_entropies(model, ids, mask, width)
+                inputs["ref_per_token_logps"] = found[0]
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The reference model, which is the policy without its adapter where that is all that is trained."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        whole = self.accelerator.unwrap_model(self.model)
+        with use_adapter(whole, adapter_name="ref" if "ref" in whole.peft_config else None):
+            yield self.model
+
+    @property
+    def _one_step(self) -> bool:
+        """Whether each rollout serves one optimizer step."""
+        steps_in_rollout = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % steps_in_rollout == 0  # type: ignore[no-any-return]
 
     @property
     def _corrects_engine(self) -> bool:
@@ -214,8 +259,8 @@ class SelectedCompletionsMixin:
 
     def _row_losses(self, batch: ScoredBatch) -> Tensor:
         """float32 [B]: the rows' policy losses in the scoring pass."""
-        mask, corrections = policy.bears_loss(batch), batch.given["corrections"][:, 1:]
-        if self._spares_old_pass:
+        mask, corrections = policy.bears_loss(batch), torch.ones_like(batch.output.log_probs)
+        if self._corrects_engine:
             corrections = self._corrections(batch.output.log_probs, batch.given["sampling"][:, 1:], mask)
         if self.loss_type == "cispo":
             corrections = corrections * min(1.0, self.epsilon_high)
@@ -264,7 +309,7 @@ class SelectedCompletionsMixin:
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
         log_probs, entropies, aux_loss = found
         if (inputs := self._under_way) is not None:
-            if self._spares_old_pass:
+            if self._corrects_engine and "importance_sampling_ratio" not in inputs:
                 self._correct(inputs, log_probs.detach())
             log_probs = policy.scale_gradient(log_probs, inputs["row_scales"])
             entropies = policy.scale_gradient(entropies, inputs["row_scales"])
