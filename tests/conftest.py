@@ -9,10 +9,34 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+ENVIRONMENT = dict(os.environ)
+"""For processes that tests start: an engine in this process would leave its ranks and ports in theirs."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    """A failure says how the machine was: many an engine fails on a machine that is out of memory or overloaded."""
+    report: pytest.TestReport = yield
+    if report.failed:
+        free = psutil.virtual_memory().available / 2**30
+        disk = psutil.disk_usage(str(Path(__file__).parent)).free / 2**30
+        busiest = sorted(psutil.process_iter(["cmdline", "cpu_times"]), key=_cpu_seconds, reverse=True)[:6]
+        lines = [f"{call.duration:.0f} s, load {os.getloadavg()}, free: {free:.1f} GiB of memory, {disk:.1f} of disk"]
+        lines += [f"{_cpu_seconds(p):7.0f} CPU s  {' '.join(p.info['cmdline'] or [])[:150]}" for p in busiest]
+        report.sections.append(("the machine", "\n".join(lines)))
+    return report
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.info["cpu_times"]
+    return times.user + times.system if times else 0.0
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +115,13 @@ def sft_args(folder: Path, **changes: Any) -> Any:
 
     options = SMALL_RUN | {"output_dir": str(folder), "lr_scheduler_type": "constant"}
     return SFTConfig(**(options | changes))
+
+
+@pytest.fixture(autouse=True)
+def _engines_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An engine holds a GiB and dozens of threads: those of earlier tests would starve what later ones start."""
+    yield
+    if request.node.get_closest_marker("engines"):
+        from siftrl.rollout import free_memory
+
+        free_memory()

@@ -1,19 +1,83 @@
-"""Start a worker script on several real processes, the way a user would, and read what its ranks wrote."""
+"""Start real processes the way a user would, on several ranks too, and read what they wrote.
+
+Every command runs in the environment that the tests were started in, ends within its time or is shown where it hangs,
+and leaves no process behind: one that spins on would slow all later tests down to their own limits.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import signal
 import socket
 import subprocess
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pytest
+from conftest import ENVIRONMENT
 
 WORKERS = Path(__file__).parent / "workers"
 
 
 BINARIES = Path(sys.executable).parent
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = 240,
+    grace: float = 20,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. Fails the test if it takes more than `timeout` seconds, or if one of its processes is
+    there `grace` seconds after it."""
+    mark = uuid.uuid4().hex
+    env = (env or ENVIRONMENT) | {"SIFTRL_TEST_COMMAND": mark, "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(mark, signal.SIGABRT)  # each process writes its threads' stacks to stderr
+        stdout, stderr = process.communicate()
+        pytest.fail(f"not at its end after {timeout} s: {' '.join(command)}\n{stdout[-3000:]}\n{stderr[-9000:]}")
+    finally:
+        left = end(mark, signal.SIGKILL, grace=grace)
+        for buffer in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):  # 66 MiB a rank, which DeepSpeed leaves
+            buffer.unlink(missing_ok=True)
+    assert not left, f"outlived {' '.join(command)}: {left}"
+    return subprocess.CompletedProcess(list(command), process.returncode, stdout, stderr)
+
+
+def end(mark: str, how: signal.Signals, grace: float = 0) -> list[str]:
+    """Signal the processes of a command that do not end by themselves within `grace` seconds; what they ran."""
+    _, alive = psutil.wait_procs(_marked(mark), timeout=grace)
+    commands = []
+    for process in alive:
+        try:
+            commands.append(" ".join(process.cmdline())[:300])
+            process.send_signal(how)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=20)
+    return commands
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SIFTRL_TEST_COMMAND") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def launch_command(ranks: int, *, deepspeed: bool) -> list[str]:
@@ -27,7 +91,7 @@ def launch_command(ranks: int, *, deepspeed: bool) -> list[str]:
 
 
 def launch_environment() -> dict[str, str]:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PATH"] = f"{BINARIES}:{environment['PATH']}"  # DeepSpeed builds its ops with ninja
     return environment
 
@@ -45,7 +109,7 @@ def start_ranks(
     """The same, whether it ends well or not."""
     out.mkdir(parents=True, exist_ok=True)
     command = [*launch_command(ranks, deepspeed=deepspeed), str(WORKERS / f"{worker}.py"), "--out", str(out), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=launch_environment(), timeout=500)
+    return run_command(command, env=launch_environment())
 
 
 def kept_prompts(out: Path) -> list[list[int]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -129,8 +128,7 @@ def script(tmp_path: Path, command: str) -> tuple[dict[str, Any], list[list[str]
     """The figures that it wrote, and the cells of the tables' rows that it printed."""
     figures = tmp_path / f"{command}.json"
     full = [sys.executable, str(SCRIPTS / "bench_batch_selection.py"), command, "--smoke", "--json", str(figures)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(full, capture_output=True, text=True, env=environment, timeout=500)
+    done = run_command(full)
     assert done.returncode == 0, f"{' '.join(full)}\n{done.stdout[-3000:]}\n{done.stderr[-4000:]}"
     assert "torch threads" in done.stdout  # the hardware
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
@@ -255,7 +253,7 @@ def test_learning_trains_an_arm_and_goes_on_where_it_was_stopped(tmp_path: Path)
     options = ["--out", str(tmp_path), "--seeds", "0", "--arms", "full batch", "both", "--jobs", "2", "--steps", "4"]
     options += ["--eval-every", "2", "--rows", "400", "--batch", "16", "--width", "32", "--eval-size", "16"]
     command = [sys.executable, str(SCRIPTS / "bench_batch_learning.py"), "learn", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_command(command)
     assert done.returncode == 0, f"{done.stderr[-3000:]}\n" + "".join(
         p.read_text()[-2000:] for p in tmp_path.glob("*.log")
     )
@@ -266,5 +264,5 @@ def test_learning_trains_an_arm_and_goes_on_where_it_was_stopped(tmp_path: Path)
         tmp_path / "learning.md"
     ).read_text()
     before = (tmp_path / "both-0.json").stat().st_mtime_ns
-    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert run_command(command).returncode == 0
     assert (tmp_path / "both-0.json").stat().st_mtime_ns == before

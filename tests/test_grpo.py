@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from conftest import digit_share, grpo_args
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from siftrl import plugins
-from siftrl.rollout import RolloutOptions
+from siftrl.rollout import RolloutOptions, free_memory
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.grpo import EpochRepeatSampler, GRPOTrainer
 from siftrl.types import Candidates, PromptSelector, Selection
@@ -300,3 +302,20 @@ def test_colocated_vllm_gets_every_weight_and_the_probe_sees_stale_ones(
     trainer._last_loaded_step = -1
     with pytest.raises(RuntimeError, match=r"more than rollout\.max_logprob_drift allows \(0\.005\)"):
         trainer._sync_engine()
+
+
+@pytest.mark.engines
+def test_a_trainer_that_is_done_leaves_no_engine_and_no_model_in_memory(
+    tiny_model: str, sums: Any, tmp_path: Path
+) -> None:
+    def train() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        args = grpo_args(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, max_steps=1)
+        trainer = GRPOTrainer(model=tiny_model, reward_funcs=digit_share, args=args, train_dataset=sums)
+        trainer.train()
+        return weakref.ref(trainer.vllm_generation.llm), weakref.ref(trainer.model)
+
+    engine, model = train()
+    gc.collect()
+    assert engine() is not None  # vLLM exempts what is there from the collection
+    free_memory()
+    assert engine() is None and model() is None

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from launch import launch_command, launch_environment
+from conftest import ENVIRONMENT
+from launch import launch_command, launch_environment, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,7 @@ RECIPE: dict[str, Any] = {
 
 def siftrl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "siftrl", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_command(command, cwd=cwd)
 
 
 def write_recipe(folder: Path, **changes: Any) -> str:
@@ -147,9 +148,8 @@ def test_a_stopped_run_resumes_to_the_same_end(whole: Path, tmp_path: Path, how:
     command = [sys.executable, "-m", "siftrl", "train", slow]
     run = tmp_path / "runs" / "small"
     # Popen in a session of its own: only the run gets the signal
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, start_new_session=True, **pipes)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         log = run / "selection.jsonl"
@@ -233,7 +233,7 @@ def test_the_launchers_reach_the_same_result(whole: Path, tmp_path: Path) -> Non
     write_recipe(tmp_path)
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [str(torchrun), "--standalone", "--nproc_per_node", "1", str(script), "small.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert chosen(tmp_path / "runs" / "small") == chosen(whole)
 
@@ -261,7 +261,7 @@ def test_two_ranks_run_the_recipe_of_one(tmp_path: Path, launcher: str) -> None:
     overrides = ["name=two", "stages.grpo.trainer.max_steps=6", "stages.warmup.micro_batch_size=8"]
     overrides += ["distribution.deepspeed=zero2"] if launcher == "deepspeed" else []
     command = [*launch_command(2, deepspeed=launcher == "deepspeed"), str(script), recipe, *overrides]
-    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=launch_environment())
+    two = run_command(command, cwd=tmp_path, env=launch_environment())
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
     folders = [tmp_path / "runs" / name for name in ("one", "two")]
     assert chosen(folders[0]) == chosen(folders[1])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import run_command
 
 from siftrl.data import load_data
 from siftrl.models import character_tokenizer
@@ -224,7 +224,7 @@ def test_a_reward_that_holds_the_interpreter_ends_the_process(tmp_path: Path) ->
         "def runaway(completions, **columns):\n    return [float(bool(re.match('(a+)+$', c))) for c in completions]\n"
         "guard(runaway, 'runaway', time_limit=0.5)(['a' * 60 + 'b'])\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = run_command([sys.executable, str(script)])
     assert done.returncode == 1 and "in runaway" in done.stderr
 
 

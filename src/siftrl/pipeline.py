@@ -34,7 +34,7 @@ from siftrl.deepspeed_config import deepspeed_config
 from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
-from siftrl.rollout import RolloutOptions, Sampling
+from siftrl.rollout import RolloutOptions, Sampling, free_memory
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
 
@@ -74,6 +74,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         done = folder / "stages" / stage.name
         if index >= len(summary["stages"]):
             report = _run_stage(recipe, stage, model, done, resume)
+            free_memory()  # before the next stage builds its own trainer and engine
             summary["stages"].append(report)
             if distributed.is_main():
                 write_json(folder / "summary.json", summary)

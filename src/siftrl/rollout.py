@@ -7,6 +7,7 @@ sees the rollouts of a run on 1 (up to the rounding of the engine's kernels).
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -311,6 +312,18 @@ class ColocatedVLLM(VLLMGeneration):
     def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
         """Like `generate`, for text prompts on one engine a rank that is awake, with a seed for each completion."""
         return vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)
+
+
+def free_memory() -> None:
+    """Free a trainer that is no longer used, with its engine and its model.
+
+    They hold each other in cycles, and vLLM exempts everything that is there when it starts from the collection of
+    cycles (`gc.freeze`): a second stage's engine would find the first one's weights and cache still in memory.
+    """
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class TrainerVLLM:
