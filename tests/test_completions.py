@@ -50,13 +50,26 @@ def test_what_teaches() -> None:
     assert completions.teaches(signals, 3, of_totals=False).tolist()[:3] == [True] * 3
 
 
+def test_copies() -> None:
+    """Two prompts with four completions each; the same tokens, loss mask and advantage make a copy."""
+    rows = [row(2, 3), row(2, 3), row(2, 3, -1.0), row(2, 3)] + [row(2, 3), row(2, 2), row(2, 3), row(2, 2)]
+    rows[3]["tool_mask"] = torch.tensor([1, 0, 1])
+    signals = completions.describe(rows, 4, "dapo")
+    teaching = torch.tensor([True] * 7 + [False])
+    assert completions.copies(rows, signals, teaching).tolist() == [2, 0, 1, 1, 2, 1, 0, 1]
+    assert completions.copies(rows, signals, torch.zeros(8, dtype=torch.bool)).tolist() == [1] * 8
+
+
 def test_fill() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator, same = torch.Generator().manual_seed(0), torch.ones(8, dtype=torch.int64)
     chosen = Selection.of(torch.tensor([4, 2]), 8, weights=torch.tensor([1.0, 3.0]), reasons="score")
-    assert completions.fill(chosen, torch.tensor([0, 1]), 2, generator) is chosen
-    filled = completions.fill(chosen, torch.tensor([0, 1, 3]), 4, generator)
+    assert completions.fill(chosen, torch.tensor([0, 1]), 2, same, generator) is chosen
+    filled = completions.fill(chosen, torch.tensor([0, 1, 3]), 4, same, generator)
     assert filled.indices.tolist()[:2] == [4, 2] and len({0, 1, 3} & set(filled.indices.tolist()[2:])) == 2
     assert filled.weights.tolist() == [0.5, 1.5, 1, 1] and filled.reasons == ("score", "score", "fill", "fill")
+    same[2] = 3  # the two stand for four rows, which weigh 2 together
+    assert completions.fill(chosen, torch.tensor([0, 1, 3]), 4, same, generator) is chosen
+    assert completions.fill(chosen, torch.tensor([0, 1, 3]), 5, same, generator).weights.tolist() == [0.5, 1.5, 0.5]
 
 
 def test_micro_batches_by_hand() -> None:

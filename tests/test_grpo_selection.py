@@ -244,6 +244,65 @@ def test_skipped_completions_count_though_they_are_not_run(
     assert moved > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, {}) for kind in ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")]
+    + [("grpo", {"beta": 0.5})],
+)
+def test_completions_that_are_the_same_run_once(
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Two iterations of TRL's step, without the passes of copies: one of them weighs as much as all."""
+    options: dict[str, Any] = changes | {
+        "loss_type": kind,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "num_iterations": 2,
+        "max_steps": 2,
+        "max_completion_length": 2,
+        "temperature": 0.12,  # few different ones
+        "optim": "sgd",
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "importance_sampling_level": "sequence" if kind == "luspo" else "token",
+        "reward": letter_sum,
+    }
+    whole = run(build(tiny_model, tmp_path / "whole", sums, None, **options))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    before = copy.deepcopy(model)
+    trainer = run(build(model, tmp_path / "once", sums, None, Watching, skip_zero_advantage=True, **options))
+    rows = trainer.rollout_rows[0]
+    taught = [index for index, row in enumerate(rows) if abs(row["advantages"].item()) > 1e-6]
+    different = {(index // 4, tuple(rows[index]["completion_ids"].tolist())) for index in taught}
+    others = 16 - len(taught) if "beta" in changes else 0  # those have a KL penalty
+    assert len(different) < len(taught) and logged(trainer, "rows_run") == [len(different) + others]
+    assert logged(trainer, "copies") == [(len(taught) - len(different)) / 16]
+    moved = 0.0
+    for new, expected, old in zip(model.parameters(), whole.model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(new, expected, atol=2e-6, rtol=1e-4)
+        moved = max(moved, (expected - old).abs().max().item())
+    assert moved > 1e-4
+
+
+def test_selectors_see_one_of_the_same_and_its_weight_is_theirs(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    chooser = Unmeasured()
+    trainer = build(
+        tiny_model, tmp_path, sums, chooser, Watching, reward=letter_sum, max_completion_length=1, temperature=0.12
+    )
+    trainer.train()
+    lines = [json.loads(line)["completions"] for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    for seen, kept, rows in zip(chooser.seen, chooser.kept, lines, strict=True):
+        taught = [row for row in rows if row.get("why") != "no advantage" and row.get("why") != "fill"]
+        copies = [row for row in taught if row.get("why") == "a copy"]
+        assert len(seen) == len(taught) - len(copies) and int(seen.copies.sum()) == len(taught)
+        assert torch.equal(seen.shares, (seen.copies * seen.num_tokens).float())  # dapo: tokens
+        weights = [row["weight"] for row in taught if row["chosen"]]
+        counts = seen.copies[kept.indices].float()
+        assert weights == pytest.approx((counts * len(counts) / counts.sum()).tolist(), rel=1e-5)
+    assert any(row.get("why") == "a copy" for rows in lines for row in rows)
+
+
 def test_no_advantage_anywhere_is_a_step_without_a_gradient(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """TRL's step has rounding noise for a gradient there, which Adam makes a step of full size of."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")

@@ -58,12 +58,13 @@ def choose(
     score: measures rows when the first selector needs it, so that those that went before cost nothing; None: the
         signals hold everything. max_scored: how many rows it may be asked for: rows above that are left out at random;
         0: what remains to be chosen is chosen at random.
-    Returns a selection among the B rows: a row's score is the last one that it was given, the weights are multiplied.
+    Returns a selection among the B rows: a row's score is the last one that it was given, the weights are multiplied,
+        by the copies that a row stands for, too.
     """
     rows = usable.nonzero().flatten()
     scores = torch.full((len(signals),), float("nan"))
     probability = torch.full((len(signals),), float("nan"))
-    weights = torch.ones(len(rows))
+    weights = torch.ones(len(rows)) if signals.copies is None else signals.copies[rows].float()
     reasons = ("all",) * len(rows)
     offered = signals.subset(rows)
     wants = kept_rows(len(signals), [link.keep for link in chain])

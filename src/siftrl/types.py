@@ -130,6 +130,8 @@ class Signals:
     source_sizes: rows of each source in the whole data set.
     shares: float [B], what each row counts in the batch's loss: 1 where that is a mean over rows; None: its
         `num_tokens`, since it is a mean over tokens.
+    copies: int64 [B], how many rows of the batch are the same as this one, itself included; it stands for them all, and
+        `shares` counts them all. None: 1.
     rewards, advantages: float [B], of completions (grpo); the reward is NaN where it is missing. groups: int64 [B],
         completions of one prompt have the same number. None where rows are no completions.
     tensors: signal -> tensor with first dimension B, or `siftrl.gradients.RowGradients` of B rows.
@@ -141,6 +143,7 @@ class Signals:
     source: list[str | None] | None = None
     source_sizes: dict[str | None, int] | None = None
     shares: Tensor | None = None
+    copies: Tensor | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     groups: Tensor | None = None
@@ -165,6 +168,7 @@ class Signals:
             source=None if self.source is None else [self.source[row] for row in rows.tolist()],
             source_sizes=self.source_sizes,
             shares=of(self.shares),
+            copies=of(self.copies),
             rewards=of(self.rewards),
             advantages=of(self.advantages),
             groups=of(self.groups),

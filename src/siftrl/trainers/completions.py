@@ -61,16 +61,39 @@ def teaches(signals: Signals, num_generations: int, of_totals: bool = True) -> T
     return found
 
 
-def fill(selection: Selection, spare: Tensor, keep: int, generator: torch.Generator) -> Selection:
-    """The selection with rows of `spare` (int64 [n]) behind it, at random, until it has `keep` rows."""
-    missing = keep - len(selection.indices)
-    if missing <= 0:
+def copies(rows: Sequence[Row], signals: Signals, teaching: Tensor) -> Tensor:
+    """int64 [B]: how many completions of its prompt are token for token a row's own, with the same advantage; counted
+    in the first of them, 0 in the others. Rows that do not teach (bool [B]) count 1.
+
+    Such rows have the same gradient, so that one of them, weighted, gives that of all.
+    """
+    assert signals.groups is not None
+    counts = torch.ones(len(rows), dtype=torch.int64)
+    first: dict[tuple[Any, ...], int] = {}
+    for index in teaching.nonzero().flatten().tolist():
+        row = rows[index]
+        said = (row["completion_ids"].numpy().tobytes(), policy.loss_mask(row).numpy().tobytes())
+        original = first.setdefault((int(signals.groups[index]), row["advantages"].item(), *said), index)
+        if original != index:
+            counts[original] += 1
+            counts[index] = 0
+    return counts
+
+
+def fill(selection: Selection, spare: Tensor, keep: int, same: Tensor, generator: torch.Generator) -> Selection:
+    """The selection with rows of `spare` (int64 [n]) behind it, at random, until it stands for `keep` rows.
+
+    same: int64 [B], for how many rows each one stands (see `copies`).
+    """
+    stands_for = int(same[selection.indices].sum())
+    if stands_for >= keep:
         return selection
-    more = spare[torch.randperm(len(spare), generator=generator)[:missing]]
+    more = spare[torch.randperm(len(spare), generator=generator)[: keep - stands_for]]
+    weight = float(selection.weights.sum()) / stands_for if stands_for else 1.0  # what one row weighs there
     return dataclasses.replace(
         selection,
         indices=torch.cat([selection.indices, more]),
-        weights=torch.cat([selection.weights, torch.ones(len(more))]),
+        weights=torch.cat([selection.weights, torch.full((len(more),), weight)]),
         reasons=selection.reasons + ("fill",) * len(more),
     )
 
@@ -95,9 +118,10 @@ def micro_batches(
 ) -> list[list[tuple[list[Row], Tensor]]]:
     """Deal the kept rows. Returns [rank][micro-batch] -> its rows, and what each one's gradient is multiplied by.
 
-    runs: bool [B]; kept rows that are not run count in the loss's denominator, which is all that they would do. Rows
-    of an optimizer step are drawn at random, and then dealt by length, so that little is padded and ranks finish
-    together. A rank that has no row left runs one with the factor 0: ranks take every pass together.
+    runs: bool [B]; kept rows that are not run count in the loss's denominator, which is all that they would do. There
+    a row counts as often as its weight says. Rows of an optimizer step are drawn at random, and then dealt by length,
+    so that little is padded and ranks finish together. A rank that has no row left runs one with the factor 0: ranks
+    take every pass together.
     """
     assert signals.num_all_tokens is not None
     order = torch.randperm(len(selection.indices), generator=generator)
@@ -114,9 +138,8 @@ def micro_batches(
                     dealt[rank].append(([rows[int(selection.indices[0])]], torch.zeros(1)))
                     continue
                 tokens = signals.num_tokens[run[mine]]
-                scale = policy.row_scale(
-                    loss_type, tokens, len(indices), step_tokens, layout.micro_batches * layout.ranks
-                )
+                in_step = layout.micro_batches * layout.ranks
+                scale = policy.row_scale(loss_type, tokens, float(weights.sum()), step_tokens, in_step)
                 dealt[rank].append(([rows[row] for row in run[mine].tolist()], run_weights[mine] * scale))
     return dealt
 

@@ -8,6 +8,7 @@ Without a selector every hook below hands over to TRL unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -155,16 +156,20 @@ class SelectedCompletionsMixin:
             keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1] if self.chain else len(rows)
             generator, others = self.row_selection.generator, (~teaches).nonzero().flatten()
 
+            same = completions.copies(rows, signals, teaches & (not self.aux_loss_enabled))
+            signals = dataclasses.replace(signals, copies=same, shares=signals.shares * same)  # type: ignore[operator]
+
             def fill(selection: Selection) -> Selection:
-                return completions.fill(selection, others, keep, generator)
+                return completions.fill(selection, others, keep, same, generator)
 
             # rows without an advantage never take the place of one that has one
-            notes = [None if usable else "no advantage" for usable in teaches.tolist()]
+            notes = ["no advantage" if not usable else None for usable in teaches.tolist()]
+            notes = ["a copy" if count == 0 else note for note, count in zip(notes, same.tolist(), strict=True)]
             selection, figures = self.row_selection.choose(
                 step,
                 lambda place: policy.as_row(rows[place]),
                 signals,
-                teaches,
+                teaches & (same > 0),
                 notes,
                 ids=None,
                 complete=None if self._skips else fill,
@@ -179,6 +184,7 @@ class SelectedCompletionsMixin:
             dealt = completions.micro_batches(rows, signals, whole, runs, layout, self.loss_type, generator)
             figures |= {
                 "rows_run": float(runs[whole.indices].sum()),
+                "copies": (same == 0).float().mean().item(),
                 "filled": whole.reasons.count("fill") / keep,
                 "with_advantage": teaches.float().mean().item(),
                 "padding": completions.padding_share(dealt),
