@@ -82,7 +82,16 @@ def test_a_rows_loss_is_made_of_the_log_probabilities_that_carry_its_weight() ->
     assert first < source.index('inputs["importance_sampling_ratio"]')
     types = ("grpo", "sapo", "bnpo", "dr_grpo", "cispo", "dapo", "vespo", "luspo")
     assert all(f'"{kind}"' in source for kind in types)
-    assert "self.vllm_importance_sampling_correction" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+
+
+def test_the_passes_over_all_completions_depend_on_what_we_replace() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source
+    assert "if self.args.gradient_accumulation_steps % generate_every != 0 or (" in source
+    assert "self.use_vllm and self.vllm_importance_sampling_correction" in source
+    assert "if self.beta != 0.0:" in source
+    assert source.count("self._get_per_token_logps_and_entropies(") == 3  # old, reference, reference of an adapter
+    assert source.count("self.args.gradient_accumulation_steps") == source.count("self.beta") == 1
 
 
 def test_weights_are_synced_once_a_step_by_the_tag_we_set() -> None:
