@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -51,12 +52,31 @@ def test_prediction_does_not_depend_on_the_batch_or_its_order(policy: Any, token
 
 
 def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
-    """V = 0.5 and S = 0.125 everywhere at first. Groups (1, 1), (0, 1), (0, nan): means 1, .5, 0; spreads 0, .25, 0.
-    Loss: mean of ((.5)^2 + (.125)^2, 0 + (.125)^2, (.5)^2 + (.125)^2); the all-missing group is left out."""
+    """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; spreads 0, 1/4 (the largest there is), 0. V is set to 3/4 and S
+    to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5) and -log(1/4) -
+    log(4/5); the group without any reward is left out."""
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, nan], [nan, nan]])
-    figures = build(policy, tokenizer).update(tokenizer(PROMPTS)["input_ids"], rewards)
-    assert figures["loss"] == pytest.approx((2 * 0.25 + 3 * 0.125**2) / 3, rel=1e-5)
+    model = build(policy, tokenizer)
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([math.log(3), -math.log(4)]))
+    figures = model.update(tokenizer(PROMPTS)["input_ids"], rewards)
+    first, second, third = (math.log(x) for x in (0.75 * 0.8, math.sqrt(0.75 * 0.25) * 0.2, 0.25 * 0.8))
+    assert figures["loss"] == pytest.approx(-(first + second + third) / 3, rel=1e-5)
+
+
+def test_a_value_model_that_has_seen_no_reward_for_long_learns_from_the_first(policy: Any, tokenizer: Any) -> None:
+    model = build(policy, tokenizer, lr=1e-3, head_lr=1e-2)
+    ids = tokenizer(PROMPTS)["input_ids"]
+    for _ in range(60):
+        model.update(ids, torch.zeros(4, 4))
+    assert model.predict(ids).mean.max() < 0.02
+    with torch.no_grad():
+        model.head.bias[0] = -12.0  # as after thousands of such steps
+    for _ in range(40):
+        model.update(ids, torch.tensor([[0.0] * 4, [1.0] * 4, [0.0] * 4, [0.0] * 4]))
+    predicted = model.predict(ids).mean
+    assert predicted.argmax() == 1 and predicted[1] > 0.05
 
 
 @pytest.mark.parametrize(("body", "train"), [("own", "full"), ("own", "lora"), ("own", "head"), ("policy", "head")])

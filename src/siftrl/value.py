@@ -4,6 +4,10 @@ PCL (Gao et al., arXiv 2510.01135) trains V by V <- argmin sum_x (V(x) - mean_j 
 one regression step a policy step and without a rollout of its own. Two additions: a second output for the variance of
 the reward within a group, which ranks prompts where rewards are not binary; and a bounded output,
 V = low + (high - low) · sigmoid(z), over the range of the rewards seen so far.
+
+So the loss is the cross-entropy of sigmoid(z) and the group mean's place in that range. Its minimum is the same, but
+its gradient in z, sigmoid(z) - target, does not vanish where the sigmoid is flat: by squares, a V whose first steps had
+hardly any reward would go on predicting none.
 """
 
 from __future__ import annotations
@@ -132,8 +136,8 @@ class ValueModel(nn.Module):
     ) -> dict[str, float]:
         """Regress on P prompts' groups. rewards: float [P, G], NaN where missing; the same on every rank.
 
-        Loss: mean over prompts of (V - mean)^2 + (S - variance)^2, both in units of the reward range. Groups without
-        any reward are left out.
+        Loss: mean over prompts of H(mean, V) + H(variance, S), each as a share of the range that it can have, with
+        H(q, p) = -q log p - (1 - q) log(1 - p). Groups without any reward are left out.
         """
         known = ~torch.isnan(rewards)
         usable = known.any(1)
@@ -147,6 +151,8 @@ class ValueModel(nn.Module):
             self.low, self.high = min(self.low, mean.min().item()), max(self.high, mean.max().item())
         world, rank, size = distributed.world_size(), distributed.rank(), self.config.micro_batch_size
         width = self.high - self.low
+        shares = torch.stack([(mean - self.low) / width, spread / (width**2 / 4)], dim=1)  # see `_scale`
+        targets = shares.float().clamp(0, 1).to(self.head.weight.device)
         losses: list[Tensor] = []
         for _ in range(self.config.updates):
             self.optimizer.zero_grad(set_to_none=False)
@@ -156,10 +162,9 @@ class ValueModel(nn.Module):
                 rows = list(range(at, min(at + world * size, len(prompt_ids)), world))
                 weight = 1.0 if rows else 0.0
                 rows = rows or [0]
-                predicted = self._scale(self([prompt_ids[i] for i in rows], policy_hidden))
-                target, target_spread = mean[rows].to(total.device), spread[rows].to(total.device)
-                errors = ((predicted.mean - target) / width) ** 2 + ((predicted.spread - target_spread) / width**2) ** 2
-                loss = weight * errors.sum() / len(prompt_ids)
+                raw = self([prompt_ids[i] for i in rows], policy_hidden).float()
+                errors = nn.functional.binary_cross_entropy_with_logits(raw, targets[rows], reduction="sum")
+                loss = weight * errors / len(prompt_ids)
                 loss.backward()
                 total += loss.detach()
             distributed.sum_([total, *(p.grad for p in self._trained() if p.grad is not None)])
