@@ -115,6 +115,18 @@ def check_equal_work(reports: list[dict[str, Any]]) -> None:
     assert max(reports[0]["padding"]) < 0.3
 
 
+def test_old_and_reference_passes_of_kept_completions_agree_under_zero3(tiny_model: str, tmp_path: Path) -> None:
+    """Two iterations with a KL penalty: both need passes of their own, which sharded ranks must take together."""
+    args = ["--model", tiny_model, "--chain", json.dumps([["largest_advantage", {}, 8]])]
+    args += ["--iterations", "2", "--beta", "0.2"]
+    two = run_ranks("grpo", 2, tmp_path / "two", *args, "--micro", "2", "--deepspeed", "zero3", deepspeed=True)
+    one = run_ranks("grpo", 1, tmp_path / "one", *args, "--micro", "4")
+    assert kept_completions(tmp_path / "two") == kept_completions(tmp_path / "one")
+    assert len(kept_completions(tmp_path / "two")) == 2  # rollouts of 4 steps
+    for report in two:
+        assert report["losses"] == pytest.approx(one[0]["losses"], abs=1e-5)
+
+
 def test_all_three_selections_under_zero3_with_a_vllm_in_each_rank(tiny_model: str, tmp_path: Path) -> None:
     args = ["--model", tiny_model, "--micro", "2", "--deepspeed", "zero3", "--vllm", "--chain", CHAIN]
     reports = run_ranks("grpo", 2, tmp_path, *args, deepspeed=True)

@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--body", default="own")
     parser.add_argument("--selector", default="prompt_curriculum")
     parser.add_argument("--chain", default="[]", help="JSON: a list of [batch selector's name, its options, keep]")
+    parser.add_argument("--iterations", type=int, default=1)
+    parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--disagree", action="store_true", help="let rank 1 choose rows of its own")
     args = parser.parse_args()
     config = common.open_group(args.deepspeed)
@@ -43,6 +45,8 @@ def main() -> None:
             per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=16 // (args.micro * world),
             max_steps=args.steps,
+            num_iterations=args.iterations,
+            beta=args.beta,
             lr_scheduler_type="constant",  # a run cut short must not have decayed faster
             deepspeed=config,
             use_vllm=args.vllm,
