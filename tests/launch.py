@@ -49,8 +49,10 @@ def run_command(
         pytest.fail(f"not at its end after {timeout} s: {' '.join(command)}\n{stdout[-3000:]}\n{stderr[-9000:]}")
     finally:
         left = end(mark, signal.SIGKILL, grace=grace)
-        for buffer in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):  # 66 MiB a rank, which DeepSpeed leaves
-            buffer.unlink(missing_ok=True)
+        if "--master_port" in command:  # DeepSpeed leaves 66 MiB a rank
+            port = command[command.index("--master_port") + 1]
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                buffer.unlink(missing_ok=True)
     assert not left, f"outlived {' '.join(command)}: {left}"
     return subprocess.CompletedProcess(list(command), process.returncode, stdout, stderr)
 

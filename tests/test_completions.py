@@ -56,8 +56,10 @@ def test_copies() -> None:
     rows[3]["tool_mask"] = torch.tensor([1, 0, 1])
     signals = completions.describe(rows, 4, "dapo")
     teaching = torch.tensor([True] * 7 + [False])
-    assert completions.copies(rows, signals, teaching).tolist() == [2, 0, 1, 1, 2, 1, 0, 1]
-    assert completions.copies(rows, signals, torch.zeros(8, dtype=torch.bool)).tolist() == [1] * 8
+    found = completions.with_copies(rows, signals, teaching)
+    assert found.copies.tolist() == [2, 0, 1, 1, 2, 1, 0, 1]
+    assert found.shares.tolist() == [6, 0, 3, 2, 6, 2, 0, 2]
+    assert completions.with_copies(rows, signals, torch.zeros(8, dtype=torch.bool)).copies.tolist() == [1] * 8
 
 
 def test_fill() -> None:

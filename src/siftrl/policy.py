@@ -143,8 +143,8 @@ def row_scale(loss_type: str, tokens: Tensor, step_rows: float, step_tokens: flo
     TRL divides by what lies in a micro-batch, and takes the mean over micro-batches and ranks. That is the same only
     where all hold as many rows (for bnpo: tokens); rows of like length lie together here.
 
-    tokens: int64 [r], loss-bearing tokens of the micro-batch's rows. step_rows, step_tokens: rows and
-    tokens, counted with their rows' weights, of the whole optimizer step. micro_batches: of the step, over all ranks.
+    tokens: int64 [r], loss-bearing tokens of the micro-batch's rows. step_rows, step_tokens: rows and tokens
+    of the whole optimizer step, counted with the rows' weights. micro_batches: of the step, over all ranks.
     """
     if loss_type in ("dapo", "cispo", "vespo"):  # divided by `num_items_in_batch`
         return 1.0

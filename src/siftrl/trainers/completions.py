@@ -61,13 +61,13 @@ def teaches(signals: Signals, num_generations: int, of_totals: bool = True) -> T
     return found
 
 
-def copies(rows: Sequence[Row], signals: Signals, teaching: Tensor) -> Tensor:
-    """int64 [B]: how many completions of its prompt are token for token a row's own, with the same advantage; counted
-    in the first of them, 0 in the others. Rows that do not teach (bool [B]) count 1.
+def with_copies(rows: Sequence[Row], signals: Signals, teaching: Tensor) -> Signals:
+    """The signals with `copies`: how many completions of its prompt are token for token a row's own, with the same
+    advantage; counted in the first of them, 0 in the others. Rows that do not teach (bool [B]) count 1.
 
-    Such rows have the same gradient, so that one of them, weighted, gives that of all.
+    Such rows have the same gradient, so that one of them, weighted, gives that of all. `shares` are multiplied.
     """
-    assert signals.groups is not None
+    assert signals.groups is not None and signals.shares is not None
     counts = torch.ones(len(rows), dtype=torch.int64)
     first: dict[tuple[Any, ...], int] = {}
     for index in teaching.nonzero().flatten().tolist():
@@ -77,15 +77,15 @@ def copies(rows: Sequence[Row], signals: Signals, teaching: Tensor) -> Tensor:
         if original != index:
             counts[original] += 1
             counts[index] = 0
-    return counts
+    return dataclasses.replace(signals, copies=counts, shares=signals.shares * counts)
 
 
-def fill(selection: Selection, spare: Tensor, keep: int, same: Tensor, generator: torch.Generator) -> Selection:
+def fill(selection: Selection, spare: Tensor, keep: int, copies: Tensor, generator: torch.Generator) -> Selection:
     """The selection with rows of `spare` (int64 [n]) behind it, at random, until it stands for `keep` rows.
 
-    same: int64 [B], for how many rows each one stands (see `copies`).
+    copies: int64 [B], for how many rows each one stands.
     """
-    stands_for = int(same[selection.indices].sum())
+    stands_for = int(copies[selection.indices].sum())
     if stands_for >= keep:
         return selection
     more = spare[torch.randperm(len(spare), generator=generator)[: keep - stands_for]]

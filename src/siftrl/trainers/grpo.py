@@ -589,7 +589,7 @@ class GRPOTrainer(SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
 
     def rank_state(self) -> dict[str, Any]:
         """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1)."""
-        under_way = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        under_way = self._step % self._passes_in_rollout != 0
         return {"rollouts_under_way": self._buffered_inputs} if under_way else {}
 
     def load_rank_state(self, saved: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ Without a selector every hook below hands over to TRL unchanged.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -156,20 +155,22 @@ class SelectedCompletionsMixin:
             keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1] if self.chain else len(rows)
             generator, others = self.row_selection.generator, (~teaches).nonzero().flatten()
 
-            same = completions.copies(rows, signals, teaches & (not self.aux_loss_enabled))
-            signals = dataclasses.replace(signals, copies=same, shares=signals.shares * same)  # type: ignore[operator]
+            # a router's loss is not a sum over rows: there each copy is run
+            signals = completions.with_copies(rows, signals, teaches & (not self.aux_loss_enabled))
+            copies = signals.copies
+            assert copies is not None
 
             def fill(selection: Selection) -> Selection:
-                return completions.fill(selection, others, keep, same, generator)
+                return completions.fill(selection, others, keep, copies, generator)
 
             # rows without an advantage never take the place of one that has one
             notes = ["no advantage" if not usable else None for usable in teaches.tolist()]
-            notes = ["a copy" if count == 0 else note for note, count in zip(notes, same.tolist(), strict=True)]
+            notes = ["a copy" if count == 0 else note for note, count in zip(notes, copies.tolist(), strict=True)]
             selection, figures = self.row_selection.choose(
                 step,
                 lambda place: policy.as_row(rows[place]),
                 signals,
-                teaches & (same > 0),
+                teaches & (copies > 0),
                 notes,
                 ids=None,
                 complete=None if self._skips else fill,
@@ -184,7 +185,7 @@ class SelectedCompletionsMixin:
             dealt = completions.micro_batches(rows, signals, whole, runs, layout, self.loss_type, generator)
             figures |= {
                 "rows_run": float(runs[whole.indices].sum()),
-                "copies": (same == 0).float().mean().item(),
+                "copies": (copies == 0).float().mean().item(),
                 "filled": whole.reasons.count("fill") / keep,
                 "with_advantage": teaches.float().mean().item(),
                 "padding": completions.padding_share(dealt),
@@ -212,10 +213,9 @@ class SelectedCompletionsMixin:
         They find the log-probabilities under the policy that made them, for ratios and to correct for vLLM's own,
         and those under the reference model.
         """
-        steps_in_rollout = self.args.steps_per_generation * self.num_iterations
         with ExitStack() as stack:
             stack.enter_context(replaced(self, "vllm_importance_sampling_correction", False))
-            stack.enter_context(replaced(self.args, "gradient_accumulation_steps", steps_in_rollout))
+            stack.enter_context(replaced(self.args, "gradient_accumulation_steps", self._passes_in_rollout))
             if not any(isinstance(signal, ValueGradient) for signal in batch_selection.needs_of(self.chain)):
                 stack.enter_context(replaced(self, "beta", 0.0))  # else the KL penalty is in each row's signal
             yield
@@ -248,10 +248,15 @@ class SelectedCompletionsMixin:
             yield self.model
 
     @property
+    def _passes_in_rollout(self) -> int:
+        """Training passes that each rollout serves, of all its optimizer steps."""
+        passes: int = self.args.steps_per_generation * self.num_iterations
+        return passes
+
+    @property
     def _one_step(self) -> bool:
         """Whether each rollout serves one optimizer step."""
-        steps_in_rollout = self.args.steps_per_generation * self.num_iterations
-        return self.args.gradient_accumulation_steps % steps_in_rollout == 0  # type: ignore[no-any-return]
+        return self.args.gradient_accumulation_steps % self._passes_in_rollout == 0  # type: ignore[no-any-return]
 
     @property
     def _corrects_engine(self) -> bool:
