@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from siftrl.reward_columns import column, completion_texts
 
@@ -12,6 +12,9 @@ from siftrl.reward_columns import column, completion_texts
 @dataclass
 class ExactMatch:
     """1 where the completion is the row's answer, else 0; a row without an answer has no reward."""
+
+    reads: ClassVar[tuple[str, ...]] = ("{column}",)
+    row_by_row: ClassVar[bool] = True
 
     column: str = "answer"
     """The column that holds the right answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from siftrl.reward_columns import column, completion_texts
 
@@ -15,6 +15,9 @@ class MathVerify:
 
     A row whose own answer cannot be read as mathematics has no reward.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("{column}|answer|solution",)
+    row_by_row: ClassVar[bool] = True
 
     column: str | None = None
     """The column that holds the right answer, LaTeX or plain; null: "answer", or else "solution"."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from siftrl.gym_rows import score
 from siftrl.reward_columns import column, completion_texts
@@ -12,6 +12,9 @@ from siftrl.reward_columns import column, completion_texts
 @dataclass
 class ReasoningGym:
     """The score of the reasoning-gym library's own scorer, for rows that it made (data: reasoning_gym)."""
+
+    reads: ClassVar[tuple[str, ...]] = ("task", "task_config", "entry")
+    row_by_row: ClassVar[bool] = True
 
     tag: str | None = None
     """The answer stands between <tag> and </tag>, the last such pair; without one the score is the scorer's for no

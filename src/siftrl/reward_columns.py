@@ -7,7 +7,10 @@ from typing import Any
 
 from siftrl.recipe_text import near
 
-_FROM_TRAINER = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+TRL_ARGUMENTS = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+"""What TRL gives to every reward besides the data's columns."""
 
 
 def completion_texts(completions: list[Any]) -> list[str]:
@@ -22,7 +25,7 @@ def column(columns: Mapping[str, Any], name: str, reward: str, *, option: str | 
     """The data's column `name`; ValueError where there is none. option: the reward's key that holds the name."""
     if name in columns:
         return columns[name]
-    known = sorted(columns.keys() - _FROM_TRAINER)
+    known = sorted(columns.keys() - TRL_ARGUMENTS)
     advice = f"; set rewards.options.{option}" if option else ""
     raise ValueError(
         f"{reward}: the data has no column {name!r}{near(name, known)}; "
