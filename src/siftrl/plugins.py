@@ -42,6 +42,7 @@ from siftrl.plugin_source import (
     parse,
     required_parameters,
 )
+from siftrl.plugin_stand_in import StandIn, has_member
 from siftrl.recipe_text import RecipeError, choose, describe_error, near
 from siftrl.reward_columns import TRL_ARGUMENTS
 
@@ -299,8 +300,61 @@ def _validated(kind: Kind, name: str, options: dict[str, Any]) -> BaseModel:
 
 
 def validate(kind: Kind, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as plain data, defaults included. Raises PluginError with the key that is wrong."""
-    return _validated(kind, name, options).model_dump(mode="json")
+    """The options as plain data, defaults included. Raises PluginError with the key that is wrong.
+
+    What the class's `__post_init__` says of them counts as well, where it runs without an import.
+    """
+    values = _validated(kind, name, options)
+    plugin = find(kind, name)
+    if isinstance(plugin.node, ast.ClassDef) and plugin.source is not None:
+        _stand_in(plugin.node, plugin.source, values)
+    return values.model_dump(mode="json")
+
+
+def _stand_in(node: ast.ClassDef, source: Module, values: BaseModel) -> StandIn:
+    """The plugin that these options make, not imported. Raises PluginError with what its `__post_init__` refuses."""
+    fields = {}
+    for name in type(values).model_fields:
+        value = getattr(values, name)
+        if isinstance(value, BaseModel):
+            try:
+                value = _stand_in(*_dataclass_of(value), value)
+            except PluginError as error:
+                raise PluginError(error.problem, name, *error.key) from None
+        fields[name] = value
+    made = StandIn(node, source, fields)
+    if has_member(node, source, "__post_init__"):
+        try:
+            made.__post_init__()
+        except ValueError as error:
+            raise PluginError(str(error)) from None
+        except Exception:  # it takes an import: `load` will tell
+            pass
+    return made
+
+
+def _dataclass_of(model: BaseModel) -> tuple[ast.ClassDef, Module]:
+    """The dataclass that a nested model stands for, as its source has it."""
+    module, symbol = type(model).__siftrl_origin__  # type: ignore[attr-defined]
+    source = find_module(module)
+    assert source is not None
+    node = source.statements[symbol]
+    assert isinstance(node, ast.ClassDef)
+    return node, source
+
+
+def num_candidates(name: str, options: dict[str, Any], keep: int) -> int | None:
+    """How many prompts a prompt selector draws in order to keep `keep`; None where only the object itself can say."""
+    plugin = find("selector", name)
+    if not isinstance(plugin.node, ast.ClassDef) or plugin.source is None:
+        return None
+    if not has_member(plugin.node, plugin.source, "num_candidates"):  # it need not subclass PromptSelector
+        return None
+    try:
+        drawn = _stand_in(plugin.node, plugin.source, _validated("selector", name, options)).num_candidates(keep)
+    except Exception:
+        return None
+    return drawn if isinstance(drawn, int) and not isinstance(drawn, bool) else None
 
 
 def load(kind: Kind, name: str, options: dict[str, Any] | None = None) -> Any:

@@ -13,6 +13,8 @@ from siftrl.recipe_text import RecipeError, kind_of
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z_-][A-Za-z0-9_.-]*$")]
 """A name that can be a folder's, and is not a number (numbers are list indices in overrides)."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
+"""A number that float32 holds."""
 
 
 class Section(BaseModel):
@@ -188,7 +190,7 @@ class RewardConfig(Section):
     """One reward: a file in rewards/, or `package.module:name`."""
 
     name: str
-    weight: float = 1.0
+    weight: Float32 = 1.0
     time_limit: Positive | None = 60.0
     """Seconds that one call may take; null: no limit."""
     on_error: Literal["stop", "missing"] = "stop"
@@ -303,7 +305,8 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     mode: Literal["colocate", "server"] = "colocate"
     """vllm only: in the training process, or a server of its own."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=1e-3)] = 1.0
+    """Logits divided by less lose their differences to rounding; `eval` has `greedy`."""
     top_p: Fraction = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0: off."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from siftrl import distributed
-from siftrl.fields import Count, NonNegative, Positive
+from siftrl.fields import Count, Interval, ModelPath, NonNegative, Positive, Rate
 from siftrl.types import Prediction
 
 HiddenStates = Callable[[Tensor, Tensor], Tensor]
@@ -35,17 +35,17 @@ class ValueConfig:
     """Recipe keys of the value model (`prompt_selector.value`)."""
 
     body: Literal["own", "policy"] = "own"  # own: a model of its own; policy: a head on the policy's hidden state
-    model: str | None = None  # own: folder or hub name (default: the policy's starting point)
+    model: ModelPath | None = None  # own: folder or hub name (default: the policy's starting point)
     train: Literal["full", "lora", "head"] = "full"  # what of an own body is trained; a policy body never is
-    lr: Positive = 3e-4  # of the body, or of its LoRA matrices
-    head_lr: Positive = 3e-3  # of the linear head, which starts from zero
+    lr: Rate = 3e-4  # of the body, or of its LoRA matrices
+    head_lr: Rate = 3e-3  # of the linear head, which starts from zero
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     updates: Count = 1  # regression steps on each step's group means
     lora_rank: Count = 16
     micro_batch_size: Count = 64  # prompts in one forward pass
     dtype: Literal["float32", "bfloat16"] = "float32"  # an own body computes in it; trained weights stay float32
-    reward_range: tuple[float, float] | None = None  # default: [0, 1], widened to the group means seen
+    reward_range: Interval | None = None  # default: [0, 1], widened to the group means seen
 
 
 class ValueModel(nn.Module):
