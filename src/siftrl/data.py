@@ -27,9 +27,9 @@ from siftrl.row_shapes import (
     Kind,
     Prompt,
     check_encodable,
+    columns_needed,
     encode_prompts,
     fill,
-    is_conversation,
     shape_row,
     text_of,
 )
@@ -275,12 +275,7 @@ def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
             f"data: column {clash[0]!r} has the name of an argument that the trainer gives to rewards; "
             f"rename it in the file, for example to 'row_{clash[0]}'"
         )
-    needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
-    if not (kind == "sft" and isinstance(rows[0].get(data.prompt or "prompt"), list)):
-        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
-    if kind == "dpo" and is_conversation(rows[0].get(needed["chosen"])):
-        needed.pop("prompt", None)
-    for key, column in needed.items():
+    for key, column in columns_needed(rows[0], data, kind).items():
         _require_column(key, column, columns)
 
 

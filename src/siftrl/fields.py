@@ -31,5 +31,6 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
 
 Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
 """Two numbers, the lower one first."""
-ModelPath = Annotated[str, "model"]
+MODEL = "model"
+ModelPath = Annotated[str, MODEL]
 """A model's local folder or hub name; where it is a folder, it is looked at before anything is loaded."""

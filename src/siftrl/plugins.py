@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
+from siftrl.fields import MODEL
 from siftrl.plugin_source import (
     FieldSource,
     Module,
@@ -72,13 +73,18 @@ class Plugin:
     row_by_row: bool = False
     """Whether it is a reward that judges each completion by itself, so that a call may be split."""
     reads: tuple[str, ...] | None = None
-    """The columns that a reward reads, as it declares them (`columns_read` fills in its options); None: it does not."""
+    """The columns that it reads, as it declares them (`columns_read` fills in its options); None: it does not."""
 
     @property
     def summary(self) -> str:
         """The first line of its docstring, or of its file's."""
         text = (ast.get_docstring(self.node) if self.node else "") or (self.source.docstring if self.source else "")
         return text.partition("\n")[0]
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a reward that is a function, which is called with its options and the columns alike."""
+        return isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef))
 
     @property
     def fields(self) -> dict[str, FieldSource]:
@@ -171,7 +177,7 @@ def _plugin_class(name: str, kind: Kind, module_name: str, symbol: str, source: 
     role = _role(kind, node, source)
     reads_rewards = role == "batch" and class_attribute(node, source, "reads_rewards") is True
     row_by_row = role == "reward" and class_attribute(node, source, "row_by_row") is True
-    reads = _reads(node, source) if role == "reward" else None
+    reads = _reads(node, source, role)
     return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards, row_by_row, reads)
 
 
@@ -181,9 +187,11 @@ def _reward_function(
     return Plugin(name, "reward", module_name, symbol, "reward", source, node, reads=_columns_required(node))
 
 
-def _reads(node: ast.ClassDef, source: Module) -> tuple[str, ...] | None:
+def _reads(node: ast.ClassDef, source: Module, role: str) -> tuple[str, ...] | None:
     declared = class_attribute(node, source, "reads")
     if declared is None:
+        if role != "reward":
+            return None
         call = method(node, source, "__call__")
         return None if call is None else _columns_required(call, 1)
     if not isinstance(declared, (tuple, list)) or not all(isinstance(entry, str) for entry in declared):
@@ -199,18 +207,18 @@ def _columns_required(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int = 
 
 
 def columns_read(plugin: Plugin, options: dict[str, Any]) -> tuple[tuple[str, ...], ...] | None:
-    """The data columns that a reward reads with these options, as its source declares them.
+    """The data columns that a reward (or selector) reads with these options, as its source declares them.
 
     Each inner tuple holds alternatives, one of which must be among the data's columns. None: the reward does not
     declare what it reads, so it cannot be checked.
 
-    In `reads` of a reward's class, `{NAME}` is the column that the option NAME names, and `|` stands between
+    In `reads` of its class, `{NAME}` is the column that the option NAME names, and `|` stands between
     alternatives: with "{column}|answer|solution" an option `column` that is set stands alone, a null one is passed
     over. Raises PluginError for an entry that names no option, or one that is no column's name.
     """
     if plugin.reads is None:
         return None
-    values = validate("reward", plugin.name, options)
+    values = validate(plugin.kind, plugin.name, options)
     columns = []
     for entry in plugin.reads:
         alternatives: list[str] = []
@@ -412,6 +420,27 @@ def check(plugin: Any) -> None:
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise PluginError(f"{type(plugin).__name__}.{field.name}: {message}, not {value!r}") from None
+
+
+def model_paths(kind: Kind, name: str, options: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """The models that a plugin loads with these options, its fields of type `ModelPath`: (the option's key, path)."""
+    return _model_paths(_validated(kind, name, options))
+
+
+def _model_paths(values: BaseModel) -> list[tuple[tuple[str, ...], str]]:
+    found: list[tuple[tuple[str, ...], str]] = []
+    for name, field in type(values).model_fields.items():
+        value = getattr(values, name)
+        if isinstance(value, BaseModel):
+            found += [((name, *key), path) for key, path in _model_paths(value)]
+        elif isinstance(value, str) and MODEL in (*field.metadata, *_metadata(field.annotation)):
+            found.append(((name,), value))
+    return found
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    """What the parts of a union are annotated with."""
+    return [each for part in typing.get_args(annotation) for each in getattr(part, "__metadata__", ())]
 
 
 def describe(kind: Kind, name: str) -> tuple[Plugin, tuple[Option, ...]]:

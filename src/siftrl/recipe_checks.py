@@ -122,7 +122,8 @@ def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, nee
         check_context(recipe, stage, recipe.model.scratch.max_positions, key)
     if stage.kind == "grpo":
         _check_rollout(stage.rollout, recipe, stage, (*key, "rollout"), world_size, need)
-        rows = known_rows(recipe.data_of(stage))
+        data = recipe.data_of(stage)
+        rows = data.limit if data.reasoning_gym is None else known_rows(data)
         proposed = arithmetic.prompts_proposed or stage.prompts_per_step
         if rows is not None and proposed > rows:
             problem = f"a step draws {proposed} prompts, the data has only {rows} to train on"

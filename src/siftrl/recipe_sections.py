@@ -13,8 +13,6 @@ from siftrl.recipe_text import RecipeError, kind_of
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z_-][A-Za-z0-9_.-]*$")]
 """A name that can be a folder's, and is not a number (numbers are list indices in overrides)."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Float32 = Annotated[float, Field(ge=-3.4e38, le=3.4e38)]
-"""A number that float32 holds."""
 
 
 class Section(BaseModel):
@@ -190,7 +188,7 @@ class RewardConfig(Section):
     """One reward: a file in rewards/, or `package.module:name`."""
 
     name: str
-    weight: Float32 = 1.0
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     time_limit: Positive | None = 60.0
     """Seconds that one call may take; null: no limit."""
     on_error: Literal["stop", "missing"] = "stop"
