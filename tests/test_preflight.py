@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.preflight import HEAD_ROWS, check_data, check_files, load_checked
+from siftrl.preflight import HEAD_ROWS, check_files, check_named, load_checked
 from siftrl.recipe import DataConfig, RecipeError, RewardConfig
 from siftrl.recipe_text import parse_yaml
 
@@ -359,21 +359,26 @@ def test_completions_fit_the_model_s_context(config: dict[str, Any], positions: 
 def test_flags_are_named_for_what_a_command_line_names(here: Path) -> None:
     write_rows(here / "rows.jsonl")
     flags = {"data.path": "--data", "data.prompt": "--prompt", "data.prompt_template": "--prompt-template"}
-    flags |= {"rewards": "--reward", "data.split": "--split"}
+    flags |= {"rewards": "--reward", "data.split": "--split", "model.path": "MODEL"}
     reward = RewardConfig(name="exact_match")
-    assert check_data(DataConfig(path="rows.jsonl"), [reward], flags) == []
+    assert check_named(None, DataConfig(path="rows.jsonl"), [reward], flags) == []
     for data, message in {
         "{path: none.jsonl}": "--data: there is no file or folder none.jsonl",
         "{path: rows.jsonl, prompt: promt}": "--prompt: there is no column 'promt'; did you mean 'prompt'?",
         "{path: rows.jsonl, prompt_template: '{x}'}": "--prompt-template: there is no column 'x'",
     }.items():
         with pytest.raises(RecipeError) as caught:
-            check_data(DataConfig.model_validate(parse_yaml(data)), [reward], flags)
+            check_named(None, DataConfig.model_validate(parse_yaml(data)), [reward], flags)
         assert str(caught.value).startswith(message)
     with pytest.raises(RecipeError, match="^--reward: exact_match reads the column 'x', which the data has not"):
-        check_data(DataConfig(path="rows.jsonl"), [RewardConfig(name="exact_match", options={"column": "x"})], flags)
-    (line,) = check_data(DataConfig(path="some/data"), [reward], flags)
-    assert line == "not checked: --data: some/data is taken for a hub name: its rows and columns"
+        reads_x = RewardConfig(name="exact_match", options={"column": "x"})
+        check_named(None, DataConfig(path="rows.jsonl"), [reads_x], flags)
+    with pytest.raises(RecipeError, match="^MODEL: there is no folder ./none"):
+        check_named("./none", None, [], flags)
+    assert check_named("some/model", DataConfig(path="some/data"), [reward], flags) == [
+        "not checked: MODEL: some/model is taken for a hub name: whether it is there",
+        "not checked: --data: some/data is taken for a hub name: its rows and columns",
+    ]
 
 
 def test_train_stops_where_validate_does_before_torch_is_there(here: Path) -> None:
@@ -407,3 +412,89 @@ def test_validate_prints_what_was_not_checked(here: Path, capsys: pytest.Capture
         f"{recipe}: a valid recipe, stages: grpo\n"
         "  not checked: data.path: some/data is taken for a hub name: its rows and columns\n"
     )
+
+
+# --------------------------------------------------------------------------------------------------- validate --rows
+
+
+def shown(path: Path, rows: int, capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
+    assert cli.main(["validate", str(path), "--rows", str(rows), *overrides]) == 0
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_rows_are_shown_with_the_verdict_on_their_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(here / "rows.jsonl", question=lambda i: f"{i}+1", answer=lambda i: i + 1)
+    tags = {"name": "response_format", "options": {"tags": ["think", "answer"]}}
+    exact = {"name": "exact_match", "options": {"extract": "<answer>(.*?)</answer>"}}
+    recipe = write_recipe(here, rewards=[exact, tags], data={"path": "rows.jsonl", "prompt_template": "{question}="})
+    lines = shown(recipe, 2, capsys)
+    assert lines[:3] == ["stage grpo (grpo)", "row 0", "  prompt: '0+1='"]
+    assert lines[3:6] == [
+        "  answered '1': exact_match 0, response_format 0",
+        "  answered '<answer>1</answer>': exact_match 1, response_format 0",
+        "  answered '<think>...</think><answer>1</answer>': exact_match 1, response_format 1",
+    ]
+    assert lines[6:8] == ["row 1", "  prompt: '1+1='"] and lines[-1].startswith("  answered '<think>")
+
+
+def test_rows_show_chat_messages_and_what_a_reward_does_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "my_rewards.py").write_text(
+        "def zero(completions, answer, **columns): return [0 for _ in completions]\n"
+        "async def fails(completions, answer, **columns): raise KeyError(answer[0])\n"
+        "def blind(completions, **columns): return [None for _ in completions]\n"
+    )
+    write_rows(here / "rows.jsonl")
+    recipe = write_recipe(here, rewards=["my_rewards:zero", "my_rewards:fails"])
+    lines = shown(recipe, 2, capsys, "data.system_prompt=Add.")
+    assert lines == [
+        "stage grpo (grpo)",
+        "row 0",
+        "  prompt, system: 'Add.'",
+        "  prompt, user: '0+1='",
+        "  answered '1': my_rewards:zero 0, my_rewards:fails raises KeyError: 1",
+        "row 1",
+        "  prompt, system: 'Add.'",
+        "  prompt, user: '1+1='",
+        "  answered '2': my_rewards:zero 0, my_rewards:fails raises KeyError: 2",
+        "my_rewards:zero rewards the right answer of rows 0, 1 in none of these forms",
+        "my_rewards:fails rewards the right answer of rows 0, 1 in none of these forms",
+    ]
+    (_, *lines) = shown(write_recipe(here, rewards=["my_rewards:blind"]), 1, capsys)
+    assert lines[-1] == "  the row holds no answer that the rewards could be asked about"
+
+
+def test_rows_of_other_stages_show_their_targets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(here / "rows.jsonl", 4, prompt=lambda i: f"{i}", completion=lambda i: "" if i else "one")
+    lines = shown(write_recipe(here, SFT, rewards=None), 2, capsys)
+    assert lines[1:] == [
+        "row 0",
+        "  prompt: '0'",
+        "  completion: 'one'",
+        "row 1: dropped (empty completion)",
+        "  prompt: '1'",
+        "  completion: ''",
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the selector's own word
+
+
+def test_a_selector_that_only_its_code_knows_is_asked_before_the_model_is_loaded() -> None:
+    from siftrl.pipeline import _check_candidates
+    from siftrl.recipe import GRPOStage
+    from siftrl.types import PromptSelector
+
+    class Draws(PromptSelector):
+        def __init__(self, drawn: Any) -> None:
+            self.drawn = drawn
+
+        def num_candidates(self, keep: int) -> int:
+            return self.drawn
+
+    stage = GRPOStage.model_validate(GRPO)
+    _check_candidates(Draws(8), stage, 8)
+    with pytest.raises(ValueError, match="stage grpo: Draws draws 9 prompts for the 4 of a step, the data has only 8"):
+        _check_candidates(Draws(9), stage, 8)
+    for wrong in (3, 8.0, None):
+        with pytest.raises(ValueError, match=r"Draws.num_candidates\(4\) is .*; it must be a whole number, 4 or more"):
+            _check_candidates(Draws(wrong), stage, 8)

@@ -108,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
             help="do not look for the packages, files and models that the recipe needs",
         )
         command.set_defaults(run=run)
+    validate.add_argument(
+        "--rows", type=_count, metavar="N", help="print N prompts, and what the rewards say of their right answers"
+    )
 
     listing = commands.add_parser(
         "list",
@@ -216,6 +219,10 @@ def _validate(args: argparse.Namespace) -> int:
     recipe, lines = load_checked(path, args.overrides, num_ranks=args.ranks, here=not args.not_here)
     print(f"{path}: a valid recipe, stages: {', '.join(stage.name for stage in recipe.stages)}")
     print("".join(f"  {line}\n" for line in lines), end="")
+    if args.rows is not None:
+        from siftrl.show_rows import rows_text
+
+        print(rows_text(recipe, args.rows))
     return 0
 
 

@@ -66,14 +66,19 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def check_data(data: DataConfig, rewards: Sequence[RewardConfig], flags: Mapping[str, str]) -> list[str]:
-    """`check_files` of data and rewards that a command line names, which generated completions are measured on.
+def check_named(
+    model: str | None, data: DataConfig | None, rewards: Sequence[RewardConfig], flags: Mapping[str, str]
+) -> list[str]:
+    """`check_files` of what a command line names: a model, and data and rewards to measure completions on.
 
-    flags: the flag of each key ("data.path": "--data", "rewards": "--reward"), for messages.
+    flags: the flag of each key ("model.path": "MODEL", "data.path": "--data", "rewards": "--reward"), for messages.
     """
     lines: list[str] = []
     try:
-        _check_rows(data, "grpo", rewards, ("data",), ("rewards",), lines)
+        if model is not None:
+            check_model(model, ("model", "path"), lines)
+        if data is not None:
+            _check_rows(data, "grpo", rewards, ("data",), ("rewards",), lines)
     except RecipeError as error:
         raise RecipeError(error.problem, _flag(error.key, flags)) from None
     return [re.sub(r"^(not checked: )?([\w.]+)", lambda match: _flag_line(match, flags), line) for line in lines]
