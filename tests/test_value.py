@@ -54,8 +54,8 @@ def test_prediction_does_not_depend_on_the_batch_or_its_order(policy: Any, token
 
 
 def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
-    """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; unbiased variances 0, 1/2 (the largest there is), none. V is set
-    to 3/4 and S to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5) and
+    """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; unbiased variances 0, 1/2 (the largest there is), none. V is
+    set to 3/4 and S to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5) and
     -log(1/4); the group without any reward is left out."""
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, nan], [nan, nan]])
@@ -156,6 +156,9 @@ class Readable:
         seen = ease + 0.2 * torch.randn(1000, generator=self.generator)
         self.features = torch.exp(-(((seen[:, None] - torch.linspace(-2.5, 2.5, 11)) / 0.5) ** 2))
 
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.features[ids]
+
     def rewards(self, ids: torch.Tensor, group: int) -> torch.Tensor:
         correct = torch.bernoulli(self.rates[ids][:, None].expand(-1, group), generator=self.generator)
         form = torch.bernoulli(torch.full((len(ids), group), 0.8), generator=self.generator)
@@ -172,13 +175,13 @@ def test_a_curriculum_with_rewards_of_four_values_seldom_falls_back(tokenizer: A
         selector = PromptCurriculum(candidates=4)
         for _ in range(120):
             ids = torch.randperm(1000, generator=world.generator)[: selector.num_candidates(16)]
-            prediction = model.predict(ids[:, None].tolist(), lambda ids, mask: world.features[ids])
+            prediction = model.predict(ids[:, None].tolist(), world.hidden)
             drawn = Candidates(ids, [{}] * len(ids), prediction)
             selection = selector.propose(drawn, 16, world.generator)
             chosen = ids[selection.indices]
             rewards = world.rewards(chosen, 4)
             selector.observe(drawn, selection, rewards)
-            model.update(chosen[:, None].tolist(), rewards, lambda ids, mask: world.features[ids])
+            model.update(chosen[:, None].tolist(), rewards, world.hidden)
             fell_back.append(selector.metrics()["fallback"])
     assert sum(fell_back) / len(fell_back) < 0.25
 
