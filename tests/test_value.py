@@ -55,8 +55,8 @@ def test_prediction_does_not_depend_on_the_batch_or_its_order(policy: Any, token
 
 def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
     """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; unbiased variances 0, 1/2 (the largest there is), none. V is
-    set to 3/4 and S to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5) and
-    -log(1/4); the group without any reward is left out."""
+    set to 3/4 and S to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5)
+    and -log(1/4); the group without any reward is left out."""
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, nan], [nan, nan]])
     model = build(policy, tokenizer)
