@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
-from pydantic import AfterValidator
 
 Count = Annotated[int, Ge(1)]
 """A whole number, at least 1."""
@@ -21,16 +20,6 @@ Rate = Annotated[float, Gt(0), Le(1)]
 """A learning rate of Adam: above 0, and at most 1, which moves a weight by about 1 in a step."""
 Share = Annotated[float, Ge(0), Le(1)]
 """A share of something, from 0 to 1."""
-
-
-def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
-    if not ends[0] < ends[1]:
-        raise ValueError(f"{list(ends)} must be two numbers, the lower one first")
-    return ends
-
-
-Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
-"""Two numbers, the lower one first."""
 MODEL = "model"
 ModelPath = Annotated[str, MODEL]
 """A model's local folder or hub name; where it is a folder, it is looked at before anything is loaded."""

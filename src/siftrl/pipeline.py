@@ -161,7 +161,7 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
             recorder.metrics(trainer.state.global_step, {"held_out": evals["after"], **trainer.sift_summary()})
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
-    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
     if data.report:
         report["data"] = data.report
     return report
@@ -259,6 +259,7 @@ def _grpo_trainer(
         prompt_selector=selector,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
         skip_zero_advantage=stage.selection.skip_zero_advantage,
+        halt_on_no_signal=recipe.logging.halt_on_no_signal,
         recorder=recorder,
         **_selection_options(recipe, stage),
     )

@@ -373,6 +373,9 @@ class LoggingConfig(Section):
     """Completions of each rollout step that are written to samples.jsonl."""
     selection: bool = True
     """Write selection.jsonl: every candidate of every step, and why it was chosen."""
+    halt_on_no_signal: Count | None = None
+    """grpo only: stop the run after so many optimizer steps in a row without a prompt whose completions' rewards
+    differ; null: only warn."""
 
 
 class OutputConfig(Section):
