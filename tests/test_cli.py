@@ -67,7 +67,7 @@ def test_validate_says_yes_or_no_in_one_line(recipe: str, capsys: pytest.Capture
     assert cli.main(["validate", recipe]) == 0
     first, *unchecked = capsys.readouterr().out.splitlines()
     assert first == f"{recipe}: a valid recipe, stages: grpo"
-    assert unchecked == ["  not checked: model.path: a-model is taken for a hub name: whether it is there"]
+    assert unchecked == ["  not checked: model.path: a-model is taken for a hub name: its files, its context"]
     assert cli.main(["validate", recipe, "stages.0.micro_batch_size=5"]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1

@@ -116,6 +116,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     ),
     "a template's braces": ("data.prompt_template='{prompt'", "data.prompt_template: '{prompt' is no template"),
     "a source's": ("data.source=topic", "data.source: there is no column 'topic'"),
+    "a source that is the prompt": ("data.source=prompt", "data.source: 'prompt' is a name that the trainer reads"),
+    "a source that is no name": (
+        "data={path: sources.jsonl, source: source}",
+        "data.source: row 0 has [1] as its source",
+    ),
     "a target's": ("stages.0={kind: sft, micro_batch_size: 8}", "data.completion: there is no column 'completion'"),
     "a pair's": ("stages.0={kind: dpo, micro_batch_size: 8}", "data.chosen: there is no column 'chosen'"),
     "a reward's": (
@@ -149,6 +154,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "a missing held-out file": ("data.eval={path: x.jsonl}", "data.eval.path: there is no file or folder x.jsonl"),
     "a missing split": ("data={path: split, split: test}", "data.split: no file in split is named after the split 'te"),
     "no usable row": ("data.path=empty.jsonl", "data.path: empty.jsonl: none of the first 3 rows can be used: empty"),
+    "a trainer's own file": (
+        "stages.0.trainer.fsdp_config=fsdp.json",
+        "stages.0.trainer.fsdp_config: there is no file fsdp.json",
+    ),
     "an argument of TRL": ("data.path=trl.jsonl", "data.path: trl.jsonl has a column 'completion_ids', the name of an"),
 }
 
@@ -163,6 +172,7 @@ def test_what_files_do_not_hold_is_refused_by_key(case: str, here: Path) -> None
     write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
     write_rows(here / "empty.jsonl", 3, prompt=lambda i: " ", answer=lambda i: 2)
     write_rows(here / "trl.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, completion_ids=lambda i: 2)
+    write_rows(here / "sources.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, source=lambda i: [1])
     (here / "split").mkdir()
     write_rows(here / "split" / "train.jsonl")
     assert message in refusal(write_recipe(here), override)
@@ -192,7 +202,7 @@ def test_what_was_not_checked_is_said_once(here: Path) -> None:
         "code says: it is asked before the model is loaded",
     ]
     assert checked(write_recipe(here), "model={path: some/model}", "data={path: some/data}") == [
-        "not checked: model.path: some/model is taken for a hub name: whether it is there",
+        "not checked: model.path: some/model is taken for a hub name: its files, its context",
         "not checked: data.path: some/data is taken for a hub name: its rows and columns",
     ]
     kept = checked(
@@ -216,6 +226,7 @@ COUNTS = {
     "data.eval={size: 30}": "a step draws 4 prompts, the data has only 2 to train on, 30 are held out",
     "data.split='train[:3]'": "a step draws 4 prompts, the data has only 3 to train on",
     "data.split='train[30:]'": "a step draws 4 prompts, the data has only 2 to train on",
+    "stages.0={kind: sft, rows_per_step: 48, batch_selector: high_loss}": "rows_per_step: a step reads 48 rows, the d",
     "data.limit=3": "a step draws 4 prompts, the data has only 3 to train on",
 }
 
@@ -223,7 +234,7 @@ COUNTS = {
 @pytest.mark.parametrize("override", COUNTS)
 def test_too_few_rows_are_refused(override: str, here: Path) -> None:
     (here / "my_selectors.py").write_text(SELECTORS_MODULE)
-    write_rows(here / "rows.jsonl")
+    write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}", answer=lambda i: 1, completion=lambda i: 2)
     write_rows(here / "few.jsonl", 3)
     assert COUNTS[override] in refusal(write_recipe(here), override)
 
@@ -311,6 +322,21 @@ def test_a_model_s_folder_is_looked_at(here: Path) -> None:
     assert "model.path: model holds a LoRA adapter without its base model; merge it" in refusal(recipe)
 
 
+def test_chat_prompts_take_a_chat_template(here: Path) -> None:
+    write_rows(here / "rows.jsonl")
+    write_rows(here / "chat.jsonl", prompt=lambda i: [{"role": "user", "content": f"{i}"}], answer=lambda i: 1)
+    write_model(here / "model")
+    recipe = write_recipe(here, model={"path": "model"})
+    for asked in ("data.chat=true", "data.system_prompt=Add.", "data.path=chat.jsonl"):
+        text = refusal(recipe, asked)
+        assert "model.path: the prompts of stage grpo are chat messages, but the tokenizer of model has no chat" in text
+    (here / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert checked(recipe, "data.chat=true") == []
+    (here / "model" / "tokenizer_config.json").unlink()
+    (here / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert checked(recipe, "data.path=chat.jsonl") == []
+
+
 def test_the_models_of_selectors_are_looked_at(here: Path) -> None:
     (here / "my_selectors.py").write_text(SELECTORS_MODULE)
     write_rows(here / "rows.jsonl")
@@ -324,7 +350,7 @@ def test_the_models_of_selectors_are_looked_at(here: Path) -> None:
         assert f"stages.0.{key}: there is no folder ./none" in refusal(recipe, f"stages.0.{section}")
     hub = "stages.0.batch_selector={name: reducible_loss, reference: some/model}"
     assert checked(recipe, hub) == [
-        "not checked: stages.0.batch_selector.reference: some/model is taken for a hub name: whether it is there"
+        "not checked: stages.0.batch_selector.reference: some/model is taken for a hub name: its files, its context"
     ]
 
 
@@ -376,7 +402,7 @@ def test_flags_are_named_for_what_a_command_line_names(here: Path) -> None:
     with pytest.raises(RecipeError, match="^MODEL: there is no folder ./none"):
         check_named("./none", None, [], flags)
     assert check_named("some/model", DataConfig(path="some/data"), [reward], flags) == [
-        "not checked: MODEL: some/model is taken for a hub name: whether it is there",
+        "not checked: MODEL: some/model is taken for a hub name: its files, its context",
         "not checked: --data: some/data is taken for a hub name: its rows and columns",
     ]
 

@@ -127,7 +127,7 @@ def test_a_grpo_stage_takes_what_an_sft_stage_takes_for_its_batch_selectors(base
     assert stage.selection == SelectionConfig(max_overhead=0.25)
     for flag in ("true", "false"):
         load_recipe(base, [*written, f"stages.1.selection.skip_zero_advantage={flag}"])
-    load_recipe(base, ["stages.0.batch_selector=high_loss", "stages.0.selection.max_overhead=1"])
+    load_recipe(base, ["stages.0.batch_selector=high_loss", "stages.0.selection.max_overhead=0.99"])
 
 
 def test_rows_without_advantage_may_be_left_out_without_a_batch_selector(base: Path) -> None:
@@ -318,6 +318,9 @@ REFUSED = {
     "stages.1.rollout.max_completion_tokens=512": "max_completion_tokens: the model's context of 512 tokens has no roo",
     "stages.0.trainer.max_length=1024": "stages.0.trainer.max_length: the model's context of 512 tokens has no room fo",
     "data.limit=9": "stages.1.prompts_per_step: a step draws 64 prompts, the data has only 9 to train on; lower it, or",
+    "stages.1.rollout={engine: vllm, max_model_len: 513}": "rollout.max_model_len: 513 is more than the model's contex",
+    "model.scratch.alphabet=''": "model.scratch.alphabet: is empty; write the characters that the model shall know",
+    "data={reasoning_gym: {tasks: [{name: gcd}], seed: 3}, eval: {size: 9, seed: 3}}": "data.eval.seed: 3 is also the",
     # combinations
     "model.path=x": "model: give exactly one of `path`",
     "model.scratch=null": "model: give exactly one of `path`",
@@ -360,7 +363,7 @@ REFUSED = {
     "stages.1.signals.head=lm_head": "stages.1.signals.head: has no effect without a batch selector; remove it, or wr",
     "stages.0.selection.max_overhead=0.2": "stages.0.selection.max_overhead: has no effect without a batch selector",
     "stages.1.selection.max_overhead=0.2": "stages.1.selection.max_overhead: has no effect without a batch selector",
-    "stages.1.selection.max_overhead=20": "selection.max_overhead: must be less than or equal to 1, not the number 20",
+    "stages.1.selection.max_overhead=1": "selection.max_overhead: must be less than 1, not the number 1",
     "stages.1.selection.max_overhed=0.2": "selection.max_overhed: unknown key; did you mean 'max_overhead'?",
     "stages.1.selection.skip_zero_advantage=1": "skip_zero_advantage: must be true or false, not the number 1",
     "stages.1.selection.skip_zero_advantage=false": "skip_zero_advantage: has no effect without a batch selector",

@@ -184,8 +184,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
+    if value != 0 and not 1e-3 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy), or a number from 0.001 on")
     return value
 
 

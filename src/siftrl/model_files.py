@@ -11,15 +11,21 @@ from siftrl.recipe_text import Key, RecipeError, dotted
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "tekken.json", "*.tiktoken", "tokenization_*.py")
+_CHAT_TEMPLATES = ("chat_template.*", "additional_chat_templates")
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _STRETCHED = ("linear", "dynamic", "yarn")  # whose factor is not in max_position_embeddings already, or may not be
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What a model's folder says of it. positions: the longest sequence; None where its configuration names none."""
+    """What a model's folder says of it.
+
+    positions: the longest sequence; None where its configuration names none. chat_template: whether its tokenizer has
+    one.
+    """
 
     positions: int | None
+    chat_template: bool
 
 
 def check_model(path: str, key: Key, lines: list[str], *, tokenizer: bool = True) -> ModelFiles | None:
@@ -33,7 +39,7 @@ def check_model(path: str, key: Key, lines: list[str], *, tokenizer: bool = True
     if not folder.exists():
         if path.startswith((".", "/")) or path.count("/") > 1:
             raise RecipeError(f"there is no folder {path}", *key)
-        lines.append(f"not checked: {dotted(key)}: {path} is taken for a hub name: whether it is there")
+        lines.append(f"not checked: {dotted(key)}: {path} is taken for a hub name: its files, its context")
         return None
     if not folder.is_dir():
         raise RecipeError(f"{path} is a file; write the folder that holds the model", *key)
@@ -49,11 +55,18 @@ def check_model(path: str, key: Key, lines: list[str], *, tokenizer: bool = True
     if tokenizer and not _holds(folder, _TOKENIZERS):
         problem = f"{path} holds no tokenizer (tokenizer.json, tokenizer_config.json)"
         raise RecipeError(f"{problem}; put the files of the model's own tokenizer beside it", *key)
+    settings = _read(folder / "tokenizer_config.json", key) if (folder / "tokenizer_config.json").is_file() else {}
+    has_template = bool(settings.get("chat_template")) or _holds(
+        folder, ("chat_template.*", "additional_chat_templates")
+    )
+    return ModelFiles(_positions(_read(folder / "config.json", key)), has_template)
+
+
+def _read(file: Path, key: Key) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RecipeError(f"{folder / 'config.json'}: is no JSON: {error}", *key) from None
-    return ModelFiles(_positions(config))
+        raise RecipeError(f"{file}: is no JSON: {error}", *key) from None
 
 
 def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:

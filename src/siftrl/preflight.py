@@ -21,7 +21,7 @@ from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recip
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
 from siftrl.reward_columns import TRL_ARGUMENTS
-from siftrl.row_shapes import Kind, columns_needed, shape_row
+from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row
 
 HEAD_ROWS = 100
 """Rows at a file's beginning whose columns and forms are looked at."""
@@ -54,15 +54,22 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
     Raises RecipeError with the key, what is wrong, and what to write instead.
     """
     lines: list[str] = []
-    config = None
+    model = None
     if recipe.model.path is not None:
-        config = check_model(recipe.model.path, ("model", "path"), lines)
+        model = check_model(recipe.model.path, ("model", "path"), lines)
     for index, stage in enumerate(recipe.stages):
         key: Key = ("stages", index)
-        if config is not None and config.positions is not None:
-            check_context(recipe, stage, config.positions, key)
-        _check_stage_data(recipe, stage, key, num_ranks or world_size(), lines)
+        if model is not None and model.positions is not None:
+            check_context(recipe, stage, model.positions, key)
+        has_chat = _check_stage_data(recipe, stage, key, num_ranks or world_size(), lines)
+        if has_chat and model is not None and not model.chat_template and not stage.trainer.get("chat_template_path"):
+            problem = f"the prompts of stage {stage.name} are chat messages, but the tokenizer of {recipe.model.path}"
+            advice = "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
+            raise RecipeError(f"{problem} has no chat template; {advice}", "model", "path")
         _check_plugin_models(stage, key, lines)
+        _check_trainer_files(stage, (*key, "trainer"))
+        if isinstance(stage, GRPOStage) and stage.rollout.engine_args:
+            lines.append(f"not checked: {dotted((*key, 'rollout', 'engine_args'))}: vllm's own options")
     return list(dict.fromkeys(lines))
 
 
@@ -97,12 +104,13 @@ def _flag_line(match: re.Match[str], flags: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------- a stage
 
 
-def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lines: list[str]) -> None:
+def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lines: list[str]) -> bool:
+    """Check a stage's rows; returns whether its prompts are chat messages, as far as that is known."""
     data = recipe.data_of(stage)
     data_key: Key = ("data",) if stage.data is None else (*key, "data")
     rewards = recipe.rewards_of(stage) if stage.kind == "grpo" else []
     reward_key: Key = ("rewards",) if stage.rewards is None else (*key, "rewards")
-    columns = _check_rows(data, stage.kind, rewards, data_key, reward_key, lines)
+    columns, has_chat = _check_rows(data, stage.kind, rewards, data_key, reward_key, lines)
     numbers = batch_arithmetic(stage, world)
     if stage.batch_selectors:
         keeps = [selector.keep for selector in stage.batch_selectors]
@@ -110,8 +118,9 @@ def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lin
             keep = dotted((*key, *stage.batch_selector_keys[-1], "keep"))
             lines.append(f"{keep}: all {numbers.rows} rows of a step are kept: they are scored, and none is left out")
     if not isinstance(stage, GRPOStage):
-        _check_count(data, 1, data_key, (*data_key, "path"), lines)
-        return
+        needed = stage.rows_per_step if stage.batch_selectors else 1
+        _check_count(data, needed, data_key, (*key, "rows_per_step"), lines, "reads", "rows")
+        return has_chat
     if stage.prompt_selector is not None:
         name, options = stage.prompt_selector.name, stage.prompt_selector.options
         where = (*key, "prompt_selector")
@@ -122,6 +131,7 @@ def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lin
             what = f"how many prompts {name} draws for a step, which only its code says: it is asked before the model"
             lines.append(f"not checked: {dotted(where)}: {what} is loaded")
     _check_count(data, numbers.prompts_proposed or stage.prompts_per_step, data_key, (*key, "prompts_per_step"), lines)
+    return has_chat
 
 
 def _check_plugin_models(stage: AnyStage, key: Key, lines: list[str]) -> None:
@@ -134,30 +144,41 @@ def _check_plugin_models(stage: AnyStage, key: Key, lines: list[str]) -> None:
             check_model(path, (*key, *where, *option), lines)
 
 
+def _check_trainer_files(stage: AnyStage, key: Key) -> None:
+    """Files that TRL's own options name."""
+    for option in ("accelerator_config", "chat_template_path", "fsdp_config"):
+        path = stage.trainer.get(option)
+        is_local = isinstance(path, str) and (path.startswith((".", "/")) or path.endswith((".json", ".jinja")))
+        if is_local and not Path(cast(str, path)).exists():
+            raise RecipeError(f"there is no file {path}", *key, option)
+
+
 # ------------------------------------------------------------------------------------------------- rows and columns
 
 
 def _check_rows(
     data: DataConfig, kind: Kind, rewards: Sequence[RewardConfig], key: Key, reward_key: Key, lines: list[str]
-) -> set[str] | None:
-    """Check the first rows of the data, and of the held-out rows; returns the columns, or None where they are unknown.
+) -> tuple[set[str] | None, bool]:
+    """Check the first rows of the data, and of the held-out rows.
 
     key, reward_key: where the data and the rewards stand.
+    Returns the columns (None: unknown), and whether the prompts are chat messages, as far as that is known.
     """
-    known = None
+    known, has_chat = None, data.chat or data.system_prompt is not None
     if data.reasoning_gym is not None:
         known = {*_GYM_COLUMNS, "prompt"}
         if data.prompt_template is not None:
             _check_template(data.prompt_template, {*known, "metadata"}, key)
-            if "{metadata" in data.prompt_template:
-                lines.append(f"not checked: {dotted((*key, 'prompt_template'))}: what metadata a family's rows have")
+        what = "its tasks' settings, but for their names, and what metadata their rows have"
+        lines.append(f"not checked: {dotted((*key, 'reasoning_gym'))}: {what}")
         _check_reward_columns(rewards, known, reward_key, lines)
     elif data.path is not None:
-        known = _check_source(data.path, data.split, data, kind, rewards, key, reward_key, lines)
+        known, is_chat = _check_source(data.path, data.split, data, kind, rewards, key, reward_key, lines)
+        has_chat = has_chat or is_chat
     if data.eval is not None and data.eval.path is not None:
         held = data.eval
         _check_source(data.eval.path, held.split, data, kind, rewards, (*key, "eval"), reward_key, lines, data_key=key)
-    return known
+    return known, has_chat
 
 
 def _check_source(
@@ -170,8 +191,8 @@ def _check_source(
     reward_key: Key,
     lines: list[str],
     data_key: Key | None = None,
-) -> set[str] | None:
-    """data_key: where the names of columns stand, if not at `key` as the path does."""
+) -> tuple[set[str] | None, bool]:
+    """`_check_rows` for one path. data_key: where the names of columns stand, if not at `key` as the path does."""
     named = data_key or key
     try:
         rows = head(path, split, HEAD_ROWS, dotted(key))
@@ -181,7 +202,7 @@ def _check_source(
         lines.append(f"not checked: {dotted((*key, 'path'))}: {path} is taken for a hub name: its rows and columns")
         for index, reward in enumerate(rewards):
             _note_undeclared(reward, (*reward_key, index), lines)
-        return None
+        return None, False
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     rows = [{column: row.get(column) for column in columns} for row in rows]
     if kind == "grpo" and (clash := sorted(TRL_ARGUMENTS & set(columns))):
@@ -192,18 +213,27 @@ def _check_source(
     for option, column in columns_needed(rows[0], data, kind).items():
         _require(column, columns, (*named, option))
     if data.source is not None and data.reasoning_gym is None:
-        _require(data.source, columns, (*named, "source"))
+        _check_sources(rows, data.source, kind, columns, (*named, "source"))
     _check_reward_columns(rewards, set(columns), reward_key, lines)
-    reasons: list[str] = []
-    for index, row in enumerate(rows):
-        try:
-            reasons.append(cast(str, shape_row(row, data, kind, f"{path}: row {index}")["drop_reason"]))
-        except ValueError as error:
-            raise _keyed(error, named) from None
+    try:
+        shaped = [shape_row(row, data, kind, f"{path}: row {index}") for index, row in enumerate(rows)]
+    except ValueError as error:
+        raise _keyed(error, named) from None
+    reasons = [cast(str, row["drop_reason"]) for row in shaped]
     if all(reasons):
         problem = f"none of the first {len(rows)} rows can be used: {', '.join(sorted(set(reasons)))}"
         raise RecipeError(f"{path}: {problem}", *key, "path")
-    return set(columns)
+    return set(columns), any(isinstance(row["prompt"], list) for row in shaped)
+
+
+def _check_sources(rows: Sequence[Mapping[str, Any]], column: str, kind: Kind, columns: list[str], key: Key) -> None:
+    if column in ("prompt", *COMPLETIONS[kind]):
+        raise RecipeError(f"{column!r} is a name that the trainer reads; rename the column, to 'source'", *key)
+    _require(column, columns, key)
+    for index, row in enumerate(rows):
+        if not isinstance(row[column], str | int | float | None):
+            problem = f"row {index} has {row[column]!r} as its {column}; it must be text or a number"
+            raise RecipeError(problem, *key)
 
 
 def _keyed(error: ValueError, key: Key) -> RecipeError:
@@ -276,7 +306,15 @@ def _require_one(
 # --------------------------------------------------------------------------------------------------- how many rows
 
 
-def _check_count(data: DataConfig, needed: int, key: Key, needed_key: Key, lines: list[str]) -> None:
+def _check_count(
+    data: DataConfig,
+    needed: int,
+    key: Key,
+    needed_key: Key,
+    lines: list[str],
+    draws: str = "draws",
+    prompts: str = "prompts",
+) -> None:
     """Whether the local rows are enough for a step that draws `needed`, once the held-out ones are taken out."""
     if data.path is None:
         return
@@ -298,7 +336,8 @@ def _check_count(data: DataConfig, needed: int, key: Key, needed_key: Key, lines
         raise RecipeError(f"{held} leaves nothing of the {rows} rows; write less", *key, "eval", "size")
     if rows < wanted:
         left = f"the data has only {rows - held} to train on" + (f", {held} are held out" if held else "")
-        raise RecipeError(f"a step draws {needed} prompts, {left}; lower it, or what the selector draws", *needed_key)
+        advice = "lower it, or what the selector draws" if prompts == "prompts" else "lower it"
+        raise RecipeError(f"a step {draws} {needed} {prompts}, {left}; {advice}", *needed_key)
 
 
 def _held_out(held: EvalDataConfig | None) -> int:

@@ -38,7 +38,7 @@ _OWN_ORDER = "the rows come in an order of siftrl's own, drawn from the recipe's
 _NOT_WITH_A_BATCH_SELECTOR = {
     "sft": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
     "dpo": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
-    "grpo": _IN_ALL,
+    "grpo": _IN_ALL | {"remove_unused_columns": (False, "completions are told apart by a column of their own")},
 }
 """TRL's options that batch selection cannot work with, by kind of stage: option -> (its harmless value, why)."""
 _ENGINE_ARGS_OWNED = {
@@ -183,6 +183,10 @@ def check_context(recipe: Recipe, stage: AnyStage, positions: int, key: Key) -> 
         room = positions - (needed - stage.rollout.max_completion_tokens) if stage.kind == "grpo" else positions
         advice = f"write {room} or less" if room > 0 else "lower data.max_prompt_tokens"
         raise RecipeError(f"the model's context of {positions} tokens has no room for {parts}; {advice}", *key, *where)
+    longest = stage.rollout.max_model_len if stage.kind == "grpo" else None
+    if longest is not None and longest > positions:
+        problem = f"{longest} is more than the model's context of {positions} tokens; write {positions} or less"
+        raise RecipeError(problem, *key, "rollout", "max_model_len")
 
 
 def _check_rollout(
@@ -234,6 +238,9 @@ def _check_rewards(rewards: list[RewardConfig], key: Key, need: Any) -> None:
 def _check_data(data: DataConfig, key: Key, need: Any) -> None:
     if data.reasoning_gym is None:
         return
+    held = data.eval
+    if held is not None and held.path is None and held.seed == data.reasoning_gym.seed:
+        raise RecipeError(f"{held.seed} is also the training rows' seed; write another one", *key, "eval", "seed")
     need("reasoning_gym", *key, "reasoning_gym")
     for index, task in enumerate(data.reasoning_gym.tasks):
         check_gym_task(task.name, task.config, (*key, "reasoning_gym", "tasks", index))

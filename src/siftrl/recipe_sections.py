@@ -44,6 +44,8 @@ class ScratchConfig(Section):
 
     @model_validator(mode="after")
     def fill(self) -> ScratchConfig:
+        if self.alphabet == "":
+            raise RecipeError("is empty; write the characters that the model shall know", "alphabet")
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         if self.num_heads % self.num_kv_heads:
@@ -290,7 +292,7 @@ class SignalsConfig(Section):
 class SelectionConfig(Section):
     """What choosing the rows of a step may cost, and what becomes of completions that teach nothing."""
 
-    max_overhead: Fraction | None = None
+    max_overhead: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a step's seconds that scoring and choosing may take; null: no limit."""
     skip_zero_advantage: bool | None = None
     """grpo only: do not run completions whose advantage is 0, which have no gradient. null: where a batch selector had

@@ -77,7 +77,10 @@ def _row_lines(
     for form in dict.fromkeys(form for gold in golds.values() if gold is not None for form in _forms(gold, made)):
         verdicts = []
         for reward, function in made:
-            value = _verdict(function, shaped["prompt"], form, columns)
+            plugin = plugins.find("reward", reward.name)
+            options = plugin.fields if plugin.is_function else {}  # a column of an option's name is not handed on
+            given = {name: cells for name, cells in columns.items() if name not in options}
+            value = _verdict(function, shaped["prompt"], form, given)
             best[reward.name] = max(best.get(reward.name, 0.0), value if isinstance(value, float) else 0.0)
             verdicts.append(f"{reward.name} {value:g}" if isinstance(value, float) else f"{reward.name} {value}")
         lines.append(f"  answered {shorten(form, _LENGTH)!r}: {', '.join(verdicts)}")
