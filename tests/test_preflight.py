@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "a reward's": (
         "rewards.0={name: exact_match, options: {column: anser}}",
         "rewards.0.options.column: exact_match reads the column 'anser', which the data has not; did you mean 'an",
+    ),
+    "an answer inside a column": (
+        "rewards.0={name: exact_match, options: {gold: '#### (.*)'}}",
+        "rewards.0.options.gold: '#### (.*)' finds no answer in the first 32 rows of rows.jsonl, for example in '1'",
     ),
     "one of several of a reward's": (
         "rewards.0={name: math_verify, options: {column: gold}}",
@@ -449,7 +454,7 @@ def shown(path: Path, rows: int, capsys: pytest.CaptureFixture[str], *overrides:
 
 
 def test_rows_are_shown_with_the_verdict_on_their_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(here / "rows.jsonl", question=lambda i: f"{i}+1", answer=lambda i: i + 1)
+    write_rows(here / "rows.jsonl", question=lambda i: f"{i}+1", answer=lambda i: f"I add.\n#### {i + 1}")
     tags = {"name": "response_format", "options": {"tags": ["think", "answer"]}}
     exact = {"name": "exact_match", "options": {"extract": "<answer>(.*?)</answer>"}}
     recipe = write_recipe(here, rewards=[exact, tags], data={"path": "rows.jsonl", "prompt_template": "{question}="})
@@ -461,6 +466,27 @@ def test_rows_are_shown_with_the_verdict_on_their_answers(here: Path, capsys: py
         "  answered '<think>...</think><answer>1</answer>': exact_match 1, response_format 1",
     ]
     assert lines[6:8] == ["row 1", "  prompt: '1+1='"] and lines[-1].startswith("  answered '<think>")
+
+
+DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.mark.skipif(
+    not (DATA / "gsm8k").is_dir(), reason=f"no data in {DATA} (SIFTRL_TEST_DATA)"
+)
+def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("math_verify")
+    data = {"path": str(DATA / "gsm8k" / "test.jsonl"), "prompt": "question", "chat": True}
+    math = {"name": "math_verify", "options": {"gold": "#### (.*)", "tag": "answer"}}
+    lines = shown(write_recipe(here, rewards=[math], data=data), 3, capsys)
+    assert [line for line in lines if line.startswith("  answered")] == [
+        line
+        for gold in (18, 3, 70000)
+        for line in (f"  answered '{gold}': math_verify 0", f"  answered '<answer>{gold}</answer>': math_verify 1")
+    ]
+    math["options"] = {"gold": "every (.*)"}  # a match, and no answer
+    lines = shown(write_recipe(here, rewards=[math], data=data), 3, capsys)
+    assert lines[-1] == "math_verify rewards the right answer of row 0 in none of these forms"
 
 
 def test_rows_show_chat_messages_and_what_a_reward_does_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recip
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
 from siftrl.reward_columns import TRL_ARGUMENTS
-from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row
+from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row, shorten
 
 HEAD_ROWS = 100
 """Rows at a file's beginning whose columns and forms are looked at."""
@@ -215,6 +215,7 @@ def _check_source(
     if data.source is not None and data.reasoning_gym is None:
         _check_sources(rows, data.source, kind, columns, (*named, "source"))
     _check_reward_columns(rewards, set(columns), reward_key, lines)
+    _check_golds(rewards, rows, path, reward_key)
     try:
         shaped = [shape_row(row, data, kind, f"{path}: row {index}") for index, row in enumerate(rows)]
     except ValueError as error:
@@ -276,6 +277,20 @@ def _check_reward_columns(rewards: Sequence[RewardConfig], columns: set[str], ke
             if option in columns:
                 what = f"the data has a column of this name, too, which {reward.name} is not given"
                 lines.append(f"{dotted((*where, 'options', option))}: {what}")
+
+
+def _check_golds(rewards: Sequence[RewardConfig], rows: Sequence[Mapping[str, Any]], path: str, key: Key) -> None:
+    """Whether the option `gold` of siftrl's own rewards finds an answer in some of the rows."""
+    for index, reward in enumerate(rewards):
+        plugin, pattern = plugins.find("reward", reward.name), reward.options.get("gold")
+        if pattern is None or not plugin.module.startswith("siftrl.rewards."):
+            continue
+        for alternatives in plugins.columns_read(plugin, reward.options) or ():
+            cells = [row[name] for name in alternatives if name in rows[0] for row in rows if row[name] is not None]
+            if cells and not any(re.search(pattern, str(cell), re.DOTALL) for cell in cells):
+                problem = f"{pattern!r} finds no answer in the first {len(rows)} rows of {path}, for example in"
+                example = repr(shorten(str(cells[0]), 80))
+                raise RecipeError(f"{problem} {example}", *key, index, "options", "gold")
 
 
 def _note_undeclared(reward: RewardConfig, key: Key, lines: list[str]) -> tuple[tuple[str, ...], ...] | None:

@@ -15,6 +15,7 @@ from siftrl import plugins
 from siftrl.data_files import head
 from siftrl.recipe import AnyStage, DataConfig, Recipe, RewardConfig
 from siftrl.recipe_text import RecipeError
+from siftrl.reward_columns import compiled, gold_text
 from siftrl.row_shapes import Prompt, shape_row, shorten
 
 _LENGTH = 600
@@ -108,12 +109,8 @@ def _gold(row: Mapping[str, Any], reward: RewardConfig, data: DataConfig) -> str
     candidates = [*by_option, *known, *target, *declared]
     if not candidates:
         return None
-    text = str(row[candidates[0] or ""])
-    pattern = reward.options.get("gold")
-    if not isinstance(pattern, str):
-        return text
-    found = list(re.finditer(pattern, text, re.DOTALL))
-    return found[-1].group(1 if found[-1].re.groups else 0) if found else None
+    column, pattern = candidates[0] or "", reward.options.get("gold")
+    return gold_text(row[column], compiled("gold", pattern) if isinstance(pattern, str) else None, reward.name, column)
 
 
 def _forms(gold: str, made: Sequence[tuple[RewardConfig, Any]]) -> list[str]:
