@@ -151,7 +151,7 @@ def test_list_shows_names_keys_and_defaults(capsys: pytest.CaptureFixture[str]) 
     assert "largest_advantage (batch selector, grpo only)\n" in text
     assert "high_loss (batch selector)\n  Keeps the rows of highest loss; of equal ones the first.\n" in text
     assert "    normalise: bool = True\n" in text
-    assert "    reference: ModelPath (required)\n" in text
+    assert "    reference: WeightsPath (required)\n" in text
     assert "A batch selector also takes `keep` (default 0.5)" in text
     assert cli.main(["list", "rewards"]) == 0
     text = capsys.readouterr().out

@@ -482,6 +482,6 @@ def test_what_a_class_says_of_its_options_counts_before_it_is_imported(stand_ins
 
 def test_models_among_the_options_are_found() -> None:
     value = {"value": {"model": "a/model"}}
-    assert plugins.model_paths("selector", "prompt_curriculum", value) == [(("value", "model"), "a/model")]
+    assert plugins.model_paths("selector", "prompt_curriculum", value) == [(("value", "model"), "a/model", True)]
     assert plugins.model_paths("selector", "prompt_curriculum", {}) == []
-    assert plugins.model_paths("selector", "reducible_loss", {"reference": "x"}) == [(("reference",), "x")]
+    assert plugins.model_paths("selector", "reducible_loss", {"reference": "x"}) == [(("reference",), "x", False)]

@@ -141,7 +141,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "rewards.0.options.column: exact_match reads the column 'prompt', which the trainer keeps for itself",
     ),
     "another library's": ("rewards=[reasoning_gym]", "rewards.0: reasoning_gym reads the column 'task', which"),
-    "a function's": ("rewards=['my_rewards:counted']", "rewards.0: my_rewards:counted reads the column 'solution'"),
+    "a function's": (
+        "rewards=['checked_rewards:counted']",
+        "rewards.0: checked_rewards:counted reads the column 'solution'",
+    ),
     "a stage's own reward's": (
         "stages.0.rewards=[{name: exact_match, options: {column: x}}]",
         "stages.0.rewards.0.options.column: exact_match reads the column 'x'",
@@ -163,6 +166,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "stages.0.trainer.fsdp_config=fsdp.json",
         "stages.0.trainer.fsdp_config: there is no file fsdp.json",
     ),
+    "a run folder's": ("output.dir=rows.jsonl", "output.dir: rows.jsonl is no folder that can be written to"),
     "an argument of TRL": ("data.path=trl.jsonl", "data.path: trl.jsonl has a column 'completion_ids', the name of an"),
 }
 
@@ -172,7 +176,7 @@ def test_what_files_do_not_hold_is_refused_by_key(case: str, here: Path) -> None
     pytest.importorskip("math_verify")
     pytest.importorskip("reasoning_gym")
     override, message = COLUMNS[case]
-    (here / "my_rewards.py").write_text(REWARDS_MODULE)
+    (here / "checked_rewards.py").write_text(REWARDS_MODULE)
     write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}+1=", answer=lambda i: i + 1, pass_rate=lambda i: 0.5)
     write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
     write_rows(here / "empty.jsonl", 3, prompt=lambda i: " ", answer=lambda i: 2)
@@ -191,27 +195,27 @@ def test_rows_of_several_forms_have_the_columns_of_all(here: Path) -> None:
 
 def test_what_was_not_checked_is_said_once(here: Path) -> None:
     write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}", solution=lambda i: 1, limit=lambda i: 3)
-    (here / "my_rewards.py").write_text(REWARDS_MODULE)
-    (here / "my_selectors.py").write_text(SELECTORS_MODULE)
-    recipe = write_recipe(here, rewards=["my_rewards:anything", "my_rewards:counted"])
-    selector = {"name": "my_selectors:Imports"}
+    (here / "checked_rewards.py").write_text(REWARDS_MODULE)
+    (here / "checked_selectors.py").write_text(SELECTORS_MODULE)
+    recipe = write_recipe(here, rewards=["checked_rewards:anything", "checked_rewards:counted"])
+    selector = {"name": "checked_selectors:Imports"}
     recipe.write_text(
         yaml.safe_dump(
             parse_yaml(recipe.read_text()) | {"stages": [GRPO, GRPO | {"name": "b", "prompt_selector": selector}]}
         )
     )
     assert checked(recipe) == [
-        "not checked: rewards.0: which columns my_rewards:anything reads: it does not declare them",
-        "rewards.1.options.limit: the data has a column of this name, too, which my_rewards:counted is not given",
-        "not checked: stages.1.prompt_selector: how many prompts my_selectors:Imports draws for a step, which only its "
-        "code says: it is asked before the model is loaded",
+        "not checked: rewards.0: which columns checked_rewards:anything reads: it does not declare them",
+        "rewards.1.options.limit: the data has a column of this name, too, which checked_rewards:counted is not given",
+        "not checked: stages.1.prompt_selector: how many prompts checked_selectors:Imports draws for a step, which only "
+        "its code says: it is asked before the model is loaded",
     ]
     assert checked(write_recipe(here), "model={path: some/model}", "data={path: some/data}") == [
         "not checked: model.path: some/model is taken for a hub name: its files, its context",
         "not checked: data.path: some/data is taken for a hub name: its rows and columns",
     ]
     kept = checked(
-        write_recipe(here, rewards=["my_rewards:anything"]), "stages.0.batch_selector={name: high_loss, keep: 16}"
+        write_recipe(here, rewards=["checked_rewards:anything"]), "stages.0.batch_selector={name: high_loss, keep: 16}"
     )
     assert (
         kept[1] == "stages.0.batch_selector.keep: all 16 rows of a step are kept: they are scored, and none is left out"
@@ -226,7 +230,7 @@ def test_what_was_not_checked_is_said_once(here: Path) -> None:
 COUNTS = {
     "data.path=few.jsonl": "stages.0.prompts_per_step: a step draws 4 prompts, the data has only 3 to train on",
     "stages.0.prompt_selector={name: prompt_curriculum, candidates: 9}": "a step draws 36 prompts, the data has only ",
-    "stages.0.prompt_selector={name: 'my_selectors:Pool', pool: 10}": "a step draws 40 prompts, the data has only 32",
+    "stages.0.prompt_selector={name: 'checked_selectors:Pool', pool: 10}": "a step draws 40 prompts, the data has on",
     "data.eval={size: 32}": "data.eval.size: 32 leaves nothing of the 32 rows; write less",
     "data.eval={size: 30}": "a step draws 4 prompts, the data has only 2 to train on, 30 are held out",
     "data.split='train[:3]'": "a step draws 4 prompts, the data has only 3 to train on",
@@ -238,16 +242,16 @@ COUNTS = {
 
 @pytest.mark.parametrize("override", COUNTS)
 def test_too_few_rows_are_refused(override: str, here: Path) -> None:
-    (here / "my_selectors.py").write_text(SELECTORS_MODULE)
+    (here / "checked_selectors.py").write_text(SELECTORS_MODULE)
     write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}", answer=lambda i: 1, completion=lambda i: 2)
     write_rows(here / "few.jsonl", 3)
     assert COUNTS[override] in refusal(write_recipe(here), override)
 
 
 def test_as_many_rows_as_a_step_draws_are_enough(here: Path) -> None:
-    (here / "my_selectors.py").write_text(SELECTORS_MODULE)
+    (here / "checked_selectors.py").write_text(SELECTORS_MODULE)
     write_rows(here / "rows.jsonl")
-    assert checked(write_recipe(here), "stages.0.prompt_selector={name: 'my_selectors:Pool', pool: 8}") == []
+    assert checked(write_recipe(here), "stages.0.prompt_selector={name: 'checked_selectors:Pool', pool: 8}") == []
     assert checked(write_recipe(here), "data.eval={size: 28}", "data.limit=4") == []
     (line,) = checked(write_recipe(here), "data.split='train[:50%]'")
     assert line == "not checked: data.split: how many rows train[:50%] holds"
@@ -343,16 +347,21 @@ def test_chat_prompts_take_a_chat_template(here: Path) -> None:
 
 
 def test_the_models_of_selectors_are_looked_at(here: Path) -> None:
-    (here / "my_selectors.py").write_text(SELECTORS_MODULE)
+    (here / "checked_selectors.py").write_text(SELECTORS_MODULE)
     write_rows(here / "rows.jsonl")
     recipe = write_recipe(here)
     for section, key in {
         "prompt_selector={name: prompt_curriculum, value: {model: ./none}}": "prompt_selector.value.model",
-        "prompt_selector={name: 'my_selectors:Pool', scorer: ./none}": "prompt_selector.scorer",
+        "prompt_selector={name: 'checked_selectors:Pool', scorer: ./none}": "prompt_selector.scorer",
         "batch_selector={name: reducible_loss, reference: ./none}": "batch_selector.reference",
         "batch_selector=[high_loss, {name: reducible_loss, reference: ./none}]": "batch_selector.1.reference",
     }.items():
         assert f"stages.0.{key}: there is no folder ./none" in refusal(recipe, f"stages.0.{section}")
+    write_model(here / "reference")
+    (here / "reference" / "tokenizer.json").unlink()
+    assert checked(recipe, "stages.0.batch_selector={name: reducible_loss, reference: reference}") == []
+    text = refusal(recipe, "stages.0.prompt_selector={name: prompt_curriculum, value: {model: reference}}")
+    assert "stages.0.prompt_selector.value.model: reference holds no tokenizer" in text
     hub = "stages.0.batch_selector={name: reducible_loss, reference: some/model}"
     assert checked(recipe, hub) == [
         "not checked: stages.0.batch_selector.reference: some/model is taken for a hub name: its files, its context"
@@ -427,6 +436,17 @@ def test_train_stops_where_validate_does_before_torch_is_there(here: Path) -> No
     assert not (here / "runs").exists()
 
 
+def test_show_says_where_the_number_of_candidates_is_not_known(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "checked_selectors.py").write_text(SELECTORS_MODULE)
+    for name, line in {
+        "Pool": "#   prompts proposed             12  checked_selectors:Pool: 3 for each kept",
+        "Imports": "#   prompts proposed        unknown  checked_selectors:Imports",
+    }.items():
+        override = f"stages.0.prompt_selector={{name: 'checked_selectors:{name}'}}"
+        assert cli.main(["show", str(write_recipe(here)), override]) == 0
+        assert line in capsys.readouterr().out.splitlines()
+
+
 def test_a_recipe_built_in_python_can_be_checked_too(here: Path) -> None:
     write_rows(here / "rows.jsonl")
     recipe = load_checked(write_recipe(here))[0]
@@ -471,9 +491,7 @@ def test_rows_are_shown_with_the_verdict_on_their_answers(here: Path, capsys: py
 DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.mark.skipif(
-    not (DATA / "gsm8k").is_dir(), reason=f"no data in {DATA} (SIFTRL_TEST_DATA)"
-)
+@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no data in {DATA} (SIFTRL_TEST_DATA)")
 def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("math_verify")
     data = {"path": str(DATA / "gsm8k" / "test.jsonl"), "prompt": "question", "chat": True}
@@ -490,28 +508,28 @@ def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: py
 
 
 def test_rows_show_chat_messages_and_what_a_reward_does_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "my_rewards.py").write_text(
+    (here / "shown_rewards.py").write_text(
         "def zero(completions, answer, **columns): return [0 for _ in completions]\n"
         "async def fails(completions, answer, **columns): raise KeyError(answer[0])\n"
         "def blind(completions, **columns): return [None for _ in completions]\n"
     )
     write_rows(here / "rows.jsonl")
-    recipe = write_recipe(here, rewards=["my_rewards:zero", "my_rewards:fails"])
+    recipe = write_recipe(here, rewards=["shown_rewards:zero", "shown_rewards:fails"])
     lines = shown(recipe, 2, capsys, "data.system_prompt=Add.")
     assert lines == [
         "stage grpo (grpo)",
         "row 0",
         "  prompt, system: 'Add.'",
         "  prompt, user: '0+1='",
-        "  answered '1': my_rewards:zero 0, my_rewards:fails raises KeyError: 1",
+        "  answered '1': shown_rewards:zero 0, shown_rewards:fails raises KeyError: 1",
         "row 1",
         "  prompt, system: 'Add.'",
         "  prompt, user: '1+1='",
-        "  answered '2': my_rewards:zero 0, my_rewards:fails raises KeyError: 2",
-        "my_rewards:zero rewards the right answer of rows 0, 1 in none of these forms",
-        "my_rewards:fails rewards the right answer of rows 0, 1 in none of these forms",
+        "  answered '2': shown_rewards:zero 0, shown_rewards:fails raises KeyError: 2",
+        "shown_rewards:zero rewards the right answer of rows 0, 1 in none of these forms",
+        "shown_rewards:fails rewards the right answer of rows 0, 1 in none of these forms",
     ]
-    (_, *lines) = shown(write_recipe(here, rewards=["my_rewards:blind"]), 1, capsys)
+    (_, *lines) = shown(write_recipe(here, rewards=["shown_rewards:blind"]), 1, capsys)
     assert lines[-1] == "  the row holds no answer that the rewards could be asked about"
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from siftrl.fields import MODEL
+from siftrl.fields import MODEL, WEIGHTS
 from siftrl.plugin_source import (
     FieldSource,
     Module,
@@ -422,19 +422,22 @@ def check(plugin: Any) -> None:
             raise PluginError(f"{type(plugin).__name__}.{field.name}: {message}, not {value!r}") from None
 
 
-def model_paths(kind: Kind, name: str, options: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """The models that a plugin loads with these options, its fields of type `ModelPath`: (the option's key, path)."""
+def model_paths(kind: Kind, name: str, options: dict[str, Any]) -> list[tuple[tuple[str, ...], str, bool]]:
+    """The models that a plugin loads with these options, its fields of type `ModelPath` or `WeightsPath`.
+
+    Returns (the option's key, path, whether the model's tokenizer is read, too) of each.
+    """
     return _model_paths(_validated(kind, name, options))
 
 
-def _model_paths(values: BaseModel) -> list[tuple[tuple[str, ...], str]]:
-    found: list[tuple[tuple[str, ...], str]] = []
+def _model_paths(values: BaseModel) -> list[tuple[tuple[str, ...], str, bool]]:
+    found: list[tuple[tuple[str, ...], str, bool]] = []
     for name, field in type(values).model_fields.items():
-        value = getattr(values, name)
+        value, marks = getattr(values, name), (*field.metadata, *_metadata(field.annotation))
         if isinstance(value, BaseModel):
-            found += [((name, *key), path) for key, path in _model_paths(value)]
-        elif isinstance(value, str) and MODEL in (*field.metadata, *_metadata(field.annotation)):
-            found.append(((name,), value))
+            found += [((name, *key), path, tokenizer) for key, path, tokenizer in _model_paths(value)]
+        elif isinstance(value, str) and (MODEL in marks or WEIGHTS in marks):
+            found.append(((name,), value, MODEL in marks))
     return found
 
 

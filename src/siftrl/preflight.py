@@ -7,6 +7,7 @@ without a download or an import is told as a line that begins with "not checked"
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,10 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
     Raises RecipeError with the key, what is wrong, and what to write instead.
     """
     lines: list[str] = []
+    folder = Path(recipe.output.dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RecipeError(f"{there} is no folder that can be written to; write another", "output", "dir")
     model = None
     if recipe.model.path is not None:
         model = check_model(recipe.model.path, ("model", "path"), lines)
@@ -140,8 +145,8 @@ def _check_plugin_models(stage: AnyStage, key: Key, lines: list[str]) -> None:
     for where, section in [*chosen, *zip(stage.batch_selector_keys, stage.batch_selectors, strict=True)]:
         if section is None:
             continue
-        for option, path in plugins.model_paths("selector", section.name, section.options):
-            check_model(path, (*key, *where, *option), lines)
+        for option, path, tokenizer in plugins.model_paths("selector", section.name, section.options):
+            check_model(path, (*key, *where, *option), lines, tokenizer=tokenizer)
 
 
 def _check_trainer_files(stage: AnyStage, key: Key) -> None:
