@@ -207,8 +207,8 @@ def test_what_was_not_checked_is_said_once(here: Path) -> None:
     assert checked(recipe) == [
         "not checked: rewards.0: which columns checked_rewards:anything reads: it does not declare them",
         "rewards.1.options.limit: the data has a column of this name, too, which checked_rewards:counted is not given",
-        "not checked: stages.1.prompt_selector: how many prompts checked_selectors:Imports draws for a step, which only "
-        "its code says: it is asked before the model is loaded",
+        "not checked: stages.1.prompt_selector: how many prompts checked_selectors:Imports draws for a step, which "
+        "only its code says: it is asked before the model is loaded",
     ]
     assert checked(write_recipe(here), "model={path: some/model}", "data={path: some/data}") == [
         "not checked: model.path: some/model is taken for a hub name: its files, its context",
