@@ -28,6 +28,7 @@ _SPLIT_WORDS = {
 _SEPARATORS = r"[-._ 0-9]"
 _LONGEST_ROW = 1 << 26  # characters; whatever is longer is no row
 _CHUNK = 1 << 20
+_MESSAGE = {"role", "content", "from", "value"}
 _SPACE = re.compile(r"\s*")
 _EXPECTED = {"[": "a row", ",": "a row", "row": "a comma or the array's end"}  # what may follow in an array
 
@@ -301,8 +302,12 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _rows_inside(row: dict[str, Any]) -> str | None:
     """The key under which a file's only object holds rows: a list of objects that are no chat messages."""
-    for key, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) and "role" not in item for item in value):
+    for key, items in row.items():
+        if (
+            isinstance(items, list)
+            and items
+            and all(isinstance(one, dict) and not _MESSAGE & one.keys() for one in items)
+        ):
             return key
     return None
 
