@@ -21,6 +21,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
+from datasets.arrow_writer import TypedSequence
 from datasets.features.features import register_feature
 
 from siftrl.data_files import read_rows
@@ -42,12 +43,28 @@ class JsonCell:
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:
-        return None if value is None else json.dumps(value, ensure_ascii=False)
+        return None if value is None else _Json(json.dumps(value, ensure_ascii=False))
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
         return None if value is None else json.loads(value)
 
 
+class _Json(str):
+    """JSON text, to tell it from a cell that is text."""
+
+
+def _arrow_array(sequence: TypedSequence, type: Any = None) -> Any:
+    """What `Dataset.map` writes of a column of `JsonCell`; `datasets` has no encoding of one's own there."""
+    feature = sequence.try_type if sequence.type is None else sequence.type
+    if not isinstance(feature, JsonCell):
+        return _own_arrow_array(sequence, type)
+    sequence._inferred_type = feature
+    cells = [cell if isinstance(cell, _Json) else feature.encode_example(cell) for cell in sequence.data]
+    return pa.array(cells, feature.pa_type)
+
+
+_own_arrow_array = TypedSequence._arrow_array
+TypedSequence._arrow_array = _arrow_array  # type: ignore[method-assign, assignment]
 with warnings.catch_warnings():  # that registering features is experimental
     warnings.simplefilter("ignore", UserWarning)
     register_feature(JsonCell, "SiftJsonCell")
@@ -96,7 +113,7 @@ def with_whole_numbers(rows: Dataset) -> Dataset:
             rows = rows.cast_column(name, Value("int64"))
         elif pc.any(is_whole).as_py():
             order = rows.column_names
-            cells = [JsonCell().encode_example(whole(value)) for value in column.to_pylist()]
+            cells = [JsonCell().encode_example(whole(cell)) for cell in column.to_pylist()]
             rows = rows.remove_columns(name).add_column(name, cells, feature=Value("string"))
             rows = rows.cast_column(name, JsonCell()).select_columns(order)
     return rows

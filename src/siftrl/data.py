@@ -238,8 +238,8 @@ def _shape(
     reasons = [""] * len(rows)
     measured: list[Measured | None] = [None] * len(rows)
 
-    def shape_batch(batch: Any, indices: list[int]) -> dict[str, list[Any]]:
-        cells = [batch[name] for name in read]
+    def shape_batch(*columns_and_indices: Any) -> dict[str, list[Any]]:
+        *cells, indices = columns_and_indices
         shaped: dict[str, list[Any]] = {name: [] for name in made}
         for i, values in zip(indices, zip(*cells, strict=True), strict=True):
             row, reasons[i] = shape_row(dict(zip(read, values, strict=True)), data, kind, f"data: {what}: row {i}")
@@ -261,6 +261,7 @@ def _shape(
         batched=True,
         batch_size=_ROWS_AT_ONCE,
         with_indices=True,
+        input_columns=read,
         remove_columns=[column for column in ignored if column not in made],
         features=datasets.Features({**features, **dict.fromkeys(made, form)}),
         desc=f"Shaping {what}",
