@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from siftrl.recipe_text import near
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+EXACT = 2.0**53
+"""Floats up to here hold whole numbers exactly."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _METADATA = "dataset_infos.json"
 # the words that name a split in a file's name, as `datasets` reads them
@@ -28,8 +30,14 @@ _SPLIT_WORDS = {
 _SEPARATORS = r"[-._ 0-9]"
 _LONGEST_ROW = 1 << 26  # characters; whatever is longer is no row
 _CHUNK = 1 << 20
+_MESSAGE = {"role", "content", "from", "value"}
 _SPACE = re.compile(r"\s*")
 _EXPECTED = {"[": "a row", ",": "a row", "row": "a comma or the array's end"}  # what may follow in an array
+
+
+def whole(value: Any) -> Any:
+    """The cell, a whole float as the whole number that it is: 43.0 reads 43."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= EXACT else value
 
 
 def split_names(split: str, key: str = "data") -> list[str]:
@@ -301,8 +309,12 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _rows_inside(row: dict[str, Any]) -> str | None:
     """The key under which a file's only object holds rows: a list of objects that are no chat messages."""
-    for key, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) and "role" not in item for item in value):
+    for key, items in row.items():
+        if (
+            isinstance(items, list)
+            and items
+            and all(isinstance(one, dict) and not _MESSAGE & one.keys() for one in items)
+        ):
             return key
     return None
 

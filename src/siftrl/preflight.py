@@ -9,20 +9,19 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
-from siftrl.data_files import head, local_files, read_rows
+from siftrl.data_files import head, local_files, read_rows, whole
 from siftrl.model_files import check_model
 from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
 from siftrl.reward_columns import TRL_ARGUMENTS
-from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row, shorten
+from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row, shorten, template_columns
 
 HEAD_ROWS = 100
 """Rows at a file's beginning whose columns and forms are looked at."""
@@ -209,7 +208,7 @@ def _check_source(
             _note_undeclared(reward, (*reward_key, index), lines)
         return None, False
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    rows = [{column: row.get(column) for column in columns} for row in rows]
+    rows = [{column: whole(row.get(column)) for column in columns} for row in rows]
     if kind == "grpo" and (clash := sorted(TRL_ARGUMENTS & set(columns))):
         problem = f"{path} has a column {clash[0]!r}, the name of an argument that the trainer gives to rewards"
         raise RecipeError(f"{problem}; rename it in the file, for example to 'row_{clash[0]}'", *key, "path")
@@ -225,11 +224,11 @@ def _check_source(
         shaped = [shape_row(row, data, kind, f"{path}: row {index}") for index, row in enumerate(rows)]
     except ValueError as error:
         raise _keyed(error, named) from None
-    reasons = [cast(str, row["drop_reason"]) for row in shaped]
+    reasons = [reason for _, reason in shaped]
     if all(reasons):
         problem = f"none of the first {len(rows)} rows can be used: {', '.join(sorted(set(reasons)))}"
         raise RecipeError(f"{path}: {problem}", *key, "path")
-    return set(columns), any(isinstance(row["prompt"], list) for row in shaped)
+    return set(columns), any(isinstance(row.get("prompt"), list) for row, _ in shaped)
 
 
 def _check_sources(rows: Sequence[Mapping[str, Any]], column: str, kind: Kind, columns: list[str], key: Key) -> None:
@@ -253,14 +252,11 @@ def _keyed(error: ValueError, key: Key) -> RecipeError:
 
 def _check_template(template: str, columns: Sequence[str] | set[str], key: Key) -> None:
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+        named = template_columns(template)
     except ValueError as error:
-        problem = f"{template!r} is no template: {error}; write braces as {{{{ }}}}"
-        raise RecipeError(problem, *key, "prompt_template") from None
-    for name in fields:
-        column = re.split(r"[.\[]", name, maxsplit=1)[0]
-        if not column.isdigit():
-            _require(column, columns, (*key, "prompt_template"))
+        raise _keyed(error, key) from None
+    for column in named:
+        _require(column, columns, (*key, "prompt_template"))
 
 
 def _require(column: str, columns: Sequence[str] | set[str], key: Key) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from siftrl import plugins
-from siftrl.data_files import head
+from siftrl.data_files import head, whole
 from siftrl.recipe import AnyStage, DataConfig, Recipe, RewardConfig
 from siftrl.recipe_text import RecipeError
 from siftrl.reward_columns import compiled, gold_text
@@ -55,7 +55,7 @@ def first_rows(data: DataConfig, count: int) -> list[dict[str, Any]]:
         loaded = load_rows(data.path, split=data.split, config=data.config, revision=data.revision)
         return [loaded[index] for index in range(min(count, len(loaded)))]
     columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column) for column in columns} for row in rows]
+    return [{column: whole(row.get(column)) for column in columns} for row in rows]
 
 
 def _row_lines(
@@ -67,8 +67,10 @@ def _row_lines(
     without: dict[str, list[int]],
 ) -> list[str]:
     """without: for each reward the rows whose answer it rewards in no form, added to here."""
-    shaped = shape_row(row, data, stage.kind, f"row {index}")
-    lines = [f"row {index}" + (f": dropped ({shaped['drop_reason']})" if shaped["drop_reason"] else "")]
+    shaped, reason = shape_row(row, data, stage.kind, f"row {index}")
+    if reason:
+        return [f"row {index}: dropped ({reason})"]
+    lines = [f"row {index}"]
     for name in ("prompt", "completion", "chosen", "rejected"):
         if shaped.get(name) is not None:
             lines += _text_lines(name, shaped[name])
