@@ -115,7 +115,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "data.prompt_template='{question}='",
         "data.prompt_template: there is no column 'question'; the columns are prompt, answer, pass_rate",
     ),
-    "a template's braces": ("data.prompt_template='{prompt'", "data.prompt_template: '{prompt': expected '}' before end"),
+    "a template's braces": ("data.prompt_template='{prompt'", "data.prompt_template: '{prompt': expected '}' before"),
     "a source's": ("data.source=topic", "data.source: there is no column 'topic'"),
     "a source that is the prompt": ("data.source=prompt", "data.source: 'prompt' is a name that the trainer reads"),
     "a source that is no name": (
