@@ -52,7 +52,8 @@ def test_plugins_are_imported_once() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("cli", "recipe", "recipe_text", "recipe_checks", "plugins", "plugin_source", "schema", "show", "fields"),
+        *("cli", "recipe", "recipe_text", "recipe_checks", "trainer_checks", "plugins", "plugin_source", "schema"),
+        *("plugin_stand_in", "show", "show_rows", "fields", "preflight", "model_files", "data_files", "row_shapes"),
         *("eval_arguments", "eval_plan"),
     ],
 )

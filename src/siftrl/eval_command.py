@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from siftrl.data import load_data
-from siftrl.eval_plan import EvalPlan, Measured, held_out_alone, key_as_flag
+from siftrl.eval_plan import EvalPlan, Measured, held_out_alone
 from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
 from siftrl.recipe import ModelConfig
 from siftrl.reward_guard import RewardError, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
+from siftrl.row_limits import RowLimits, model_limits, stage_limits
 from siftrl.row_shapes import encode_prompts
 from siftrl.run import plain
 
@@ -34,7 +37,7 @@ def run_plan(plan: EvalPlan) -> int:
     """
     tokenizer = load_tokenizer(plan.model)
     rewards = [load_rewards(one.rewards) for one in plan.sets]
-    loaded = [_rows(one, tokenizer) for one in plan.sets]
+    loaded = [_rows(one, tokenizer, _limits(one, plan)) for one in plan.sets]
     for one, (rows, dropped) in zip(plan.sets, loaded, strict=True):
         counts = "".join(f", {number} dropped ({reason})" for reason, number in dropped.items())
         print(f"{one.name}: {len(rows)} rows{counts}", file=sys.stderr)
@@ -63,18 +66,30 @@ def run_plan(plan: EvalPlan) -> int:
     return 0
 
 
-def _rows(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, int]]:
+def _limits(measured: Measured, plan: EvalPlan) -> RowLimits:
+    """What the model reads at once; of an sft stage's rows also what it trains on of them."""
+    if measured.kind == "sft" and measured.stage is not None:
+        return replace(stage_limits(measured.stage, plan.model), rows=1)
+    engine = plan.engine_args.get("max_model_len")
+    return replace(model_limits(plan.model), completion_tokens=int(plan.sampling["max_tokens"]), engine_context=engine)
+
+
+def _rows(measured: Measured, tokenizer: PreTrainedTokenizerBase, limits: RowLimits) -> tuple[Dataset, dict[str, int]]:
     """The rows to measure on, and how many were dropped, by reason."""
     data = measured.data
     alone = held_out_alone(data) if measured.held_out else data.model_copy(update={"eval": None})
     try:
-        splits = load_data(alone or data, measured.kind, tokenizer)
+        splits = load_data(alone or data, measured.kind, tokenizer, limits)
     except ValueError as error:
-        key, colon, problem = str(error).partition(":")
+        key, _, problem = str(error).partition(":")
         if not key.startswith("data"):
             raise
-        flag = key_as_flag(key) if measured.flags else None
-        raise ValueError(f"{flag}:{problem}" if flag and colon else f"{measured.name}: {error}") from error
+        if measured.stage is None:
+            problem = problem.replace("rollout.max_completion_tokens", "--max-tokens")
+        if measured.flags:
+            problem = re.sub(r"write data\.max_prompt_tokens: \d+, or lower", "lower", problem)
+        where = measured.flags.get(key, f"{measured.name}: {key}")
+        raise ValueError(f"{where}:{problem}") from error
     rows, report = splits.train, splits.report
     if alone is None:
         assert splits.eval is not None

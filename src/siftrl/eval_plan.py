@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from siftrl.eval_arguments import GYM_ROWS
+from siftrl.preflight import check_named
 from siftrl.recipe import AnyStage, DataConfig, EvalConfig, GRPOStage, ModelConfig, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_measured, require_installed
 from siftrl.recipe_sections import Section
 from siftrl.recipe_text import (
     Document,
+    Key,
     RecipeError,
     apply_overrides,
     choose,
@@ -40,22 +43,29 @@ _MADE_BY_SIFTRL = {
     "seed": "--seed",
 }
 """Arguments of vllm.LLM that are set by siftrl, and what to write instead."""
-_OF_DATA = {
-    "split": "data.eval.split",
-    "prompt": "data.prompt",
-    "prompt_template": "data.prompt_template",
-    "chat": "data.chat",
-    "system_prompt": "data.system_prompt",
+_FLAGS = {
+    "model.path": "MODEL",
+    "rewards": "--reward",
+    "data.path": "--data",
+    "data.reasoning_gym": "--data",
+    "data.split": "--split",
+    "data.prompt": "--prompt",
+    "data.prompt_template": "--prompt-template",
+    "data.chat": "--chat",
+    "data.system_prompt": "--system-prompt",
+    "data.limit": "--limit",
 }
-"""Flags that say how `--data` is read, and the key that says so in a recipe."""
+"""The flag that says what a recipe's key says, for messages."""
+_OF_DATA = ("split", "prompt", "prompt_template", "chat", "system_prompt")
+"""Flags that say how `--data` is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Rows to measure on, with their rewards.
 
-    held_out: the rows that `data.eval` holds out of `data`; else `data`'s own.
-    limit: only so many of them. kind: of the stage whose rows they are. flags: whether flags describe them.
+    held_out: the rows that `data.eval` holds out of `data`; else `data`'s own. limit: only so many of them.
+    stage: whose rows they are; None: rows of no recipe. flags: where keys of `data` are said: {"data.path": "--data"}.
     """
 
     name: str
@@ -63,8 +73,12 @@ class Measured:
     rewards: list[RewardConfig]
     held_out: bool = False
     limit: int | None = None
-    kind: Literal["sft", "dpo", "grpo"] = "grpo"
-    flags: bool = False
+    stage: AnyStage | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Literal["sft", "dpo", "grpo"]:
+        return self.stage.kind if self.stage else "grpo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +148,7 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
     find_recipe: a recipe's file by its name. Raises RecipeError, one line that names the flag or the key.
     """
     base = _base(args, find_recipe)
+    check_named(base.model.path, None, [], {} if base.stage else _FLAGS)
     stage = base.stage
     settings = (stage.eval if stage else None) or EvalConfig()
     sampling = stage.eval_sampling() if stage else {"max_tokens": 512, "temperature": 0.0}
@@ -188,7 +203,7 @@ def _base(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> _Base
     stage = _stage(recipe, args.stage)
     data, rewards = recipe.data_of(stage), recipe.rewards_of(stage)
     name = "held-out rows" if data.eval else "training rows"
-    measured = Measured(name, data, rewards, data.eval is not None, args.limit, stage.kind)
+    measured = Measured(name, data, rewards, data.eval is not None, args.limit, stage)
     return _Base(_recipe_model(recipe, run, args.stage), measured, rewards, stage, recipe.seed)
 
 
@@ -262,7 +277,8 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
     elif args.data:
         sets = [_data(text, args, base, given) for text in args.data]
     elif base.measured is not None:
-        for name, key in _OF_DATA.items():
+        for name in _OF_DATA:
+            key = "data.eval.split" if name == "split" else f"data.{name}"
             _refuse(args, (name,), f"is for --data; for the recipe's own rows write {key}=...")
         sets = [replace(base.measured, rewards=given or base.measured.rewards)]
     else:
@@ -273,13 +289,32 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
             raise RecipeError(f"{one.name!r} is there twice; name one: NAME={one.name}", "--data")
         if not one.rewards:
             raise RecipeError(f"{one.name}: nothing says what is right; write --reward exact_match", "--reward")
+        _check(one, args.suite)
+    return sets
+
+
+def _check(one: Measured, suite: Path | None) -> None:
+    """Look at the rows and the rewards, as far as that takes neither a download nor torch."""
+    alone, flags = one.data, dict(one.flags)
+    if one.held_out:
+        alone = held_out_alone(one.data) or one.data
+        flags |= {f"data.{name}": f"data.eval.{name}" for name in ("path", "split") if alone.path != one.data.path}
+    rewards = [] if one.kind == "sft" else one.rewards  # in sft they see `completion`, too
+    try:
         try:
             check_measured(one.data, one.rewards)
         except RecipeError as error:
-            if one.flags:
-                raise RecipeError(error.problem, "--reward" if error.key[0] == "rewards" else "--data") from None
-            raise RecipeError(f"{args.suite}: {one.name}: {error}" if args.suite else str(error)) from None
-    return sets
+            raise RecipeError(error.problem, *flag_of(error.key, flags)) from None
+        for line in check_named(None, alone.model_copy(update={"eval": None}), rewards, flags):
+            print(line, file=sys.stderr)
+    except RecipeError as error:
+        raise RecipeError(f"{suite}: {one.name}: {error}" if suite else str(error)) from None
+
+
+def flag_of(key: Key, flags: Mapping[str, str]) -> Key:
+    """The flag of the longest part of the key that has one, or else the key."""
+    found = [flags[dotted(key[:end])] for end in range(len(key), 0, -1) if dotted(key[:end]) in flags]
+    return (found[0],) if found else key
 
 
 def _refuse(args: argparse.Namespace, flags: tuple[str, ...], advice: str) -> None:
@@ -300,7 +335,7 @@ def _data(text: str, args: argparse.Namespace, base: _Base, given: list[RewardCo
     else:
         keys |= {"path": where, "split": args.split or "test"}
     data = _validated(DataConfig, {key: value for key, value in keys.items() if value is not None}, "--data")
-    return Measured(name, data, given or base.rewards or [], flags=True)
+    return Measured(name, data, given or base.rewards or [], flags=_FLAGS)
 
 
 def _suite(args: argparse.Namespace, base: _Base, given: list[RewardConfig]) -> list[Measured]:
@@ -367,11 +402,3 @@ def held_out_alone(data: DataConfig) -> DataConfig | None:
         return None
     seed = gym.seed + 1 if held.seed is None else held.seed
     return data.model_copy(update=own | {"reasoning_gym": gym.model_copy(update={"size": held.size, "seed": seed})})
-
-
-def key_as_flag(key: str) -> str | None:
-    """The flag that sets `data.KEY`: "data.prompt" -> "--prompt"."""
-    name = key.removeprefix("data.")
-    return (
-        "--data" if name in ("path", "reasoning_gym") else f"--{name.replace('_', '-')}" if name in _OF_DATA else None
-    )

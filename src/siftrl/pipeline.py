@@ -36,8 +36,10 @@ from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SF
 from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
 from siftrl.rollout import RolloutOptions, free_memory
+from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
+from siftrl.types import PromptSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +120,8 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, resume: bool) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(model)
-    data = load_data(recipe.data_of(stage), stage.kind, tokenizer)
+    limits = stage_limits(stage, model)
+    data = load_data(recipe.data_of(stage), stage.kind, tokenizer, limits)
     say(f"stage {stage.name} ({stage.kind}): {_describe(data)}")
     checkpoints = recipe.run_folder / "checkpoints" / stage.name
     recorder = Recorder(
@@ -161,7 +164,7 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         held_out.finish()
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": held_out.results if held_out else {}}
-    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
     if data.report:
         report["data"] = data.report
     return report
@@ -173,6 +176,8 @@ def _describe(data: DataSplits) -> str:
     if data.eval is not None:
         parts.append(f"{len(data.eval)} held out")
     parts += [f"{count} dropped ({reason})" for reason, count in report["dropped"].items() if count]
+    if cut := report.get("cut"):
+        parts.append(f"{cut} cut to trainer.max_length")
     if report["ignored_columns"]:
         parts.append(f"columns not used: {', '.join(report['ignored_columns'])}")
     return ", ".join(parts)
@@ -244,6 +249,9 @@ def _grpo_trainer(
     options["model_init_kwargs"] = models.model_init_kwargs(model)
     rewards, weights = load_rewards(recipe.rewards_of(stage))
     chosen = stage.prompt_selector
+    selector = plugins.load("selector", chosen.name, chosen.options) if chosen else None
+    if selector is not None:
+        _check_candidates(selector, stage, len(data.train))
     rollout = stage.rollout
     return GRPOTrainer(
         model=model.path,
@@ -253,12 +261,26 @@ def _grpo_trainer(
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
-        prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
+        prompt_selector=selector,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
         skip_zero_advantage=stage.selection.skip_zero_advantage,
+        halt_on_no_signal=recipe.logging.halt_on_no_signal,
         recorder=recorder,
         **_selection_options(recipe, stage),
     )
+
+
+def _check_candidates(selector: PromptSelector, stage: GRPOStage, rows: int) -> None:
+    """Ask the selector itself how many prompts it draws, before a model is loaded."""
+    keep = stage.prompts_per_step
+    drawn, who = selector.num_candidates(keep), f"stage {stage.name}: {type(selector).__name__}"
+    if not isinstance(drawn, int) or drawn < keep:
+        raise ValueError(f"{who}.num_candidates({keep}) is {drawn!r}; it must be a whole number, {keep} or more")
+    if drawn > rows:
+        raise ValueError(
+            f"{who} draws {drawn} prompts for the {keep} of a step, the data has only {rows} to train on; lower "
+            "prompts_per_step, or what the selector draws"
+        )
 
 
 def _row_trainer(
