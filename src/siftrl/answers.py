@@ -223,7 +223,8 @@ _KNOWN_WORDS = re.compile(r"\b(?:and|or)\b")
 _WORDS_ALONE = re.compile(r"(?:^|\s)(?:is|it|of|to|no|at|if|so|am|pm)(?=[\s.,]|$)", re.IGNORECASE)
 # words of four letters and more, or of three that stand alone, but no points (ABCD) and no products (abc = 6)
 _PROSE = re.compile(
-    r"(?![A-Z]+(?![^\W\d_]))(?:[^\W\d_]{4}|(?<![^\s(])(?<![=+*/<>-] )[^\W\d_]{3}(?!\s*[=+*/^<>-])(?![^\s.,)]))"
+    r"(?![A-Z]+(?![^\W\d_]))(?:[^\W\d_]{4}"
+    r"|(?<![^\s(])(?<![=+*/<>-] )[^\W\d_]{3}(?!\s*(?:[=+*/^<>]|-(?!\d)))(?![^\s.,)]))"
 )
 _DROPPED = re.compile(r"\\(?:l|c|v|d)?dots|\.\.|\\[pb]?mod|…|\?|[–—]|\d\s*_")  # the library leaves these out
 _TWO_NUMBERS = re.compile(rf"\d\s*(?:\b(?:{_SHORT_UNITS}|[smhgl]))?\s+[\d.]|\d(?:{_SHORT_UNITS})\s*\d")
@@ -269,6 +270,8 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt(?=\d)", r"\\sqrt ", text)
     text = re.sub(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(r"^\(?[A-Ea-e]\)\s+(?=[-\\\d])", "", text)  # a choice's letter
+    text = re.sub(r"(\d+) dollars? and (\d\d?) cents?", lambda match: f"{match[1]}.{match[2]:0>2}", text)
     text = re.sub(r"(\d) and a half\b", r"\1 1/2", text)
     text = re.sub(rf"({_UNSIGNED}) (hundred|thousand|million|billion|trillion|dozen)\b", _multiplied, text)
     text = re.sub(r"\\([dtc]?frac)\s+(\d)\s+(\d)", r"\\\1{\2}{\3}", text)
