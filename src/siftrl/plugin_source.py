@@ -163,6 +163,15 @@ def methods(node: ast.ClassDef, module: Module) -> set[str]:
     return names.union(*(methods(base, where) for where, base in bases(node, module)))
 
 
+def method(node: ast.ClassDef, module: Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The class's method of that name, an inherited one included; None where no class with source defines one."""
+    for item in reversed(node.body):
+        if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name == name:
+            return item
+    inherited = (method(base, where, name) for where, base in bases(node, module))
+    return next((found for found in inherited if found is not None), None)
+
+
 def class_attribute(node: ast.ClassDef, module: Module, name: str) -> Any:
     """The value of a class attribute, an inherited one included; None where no class with source assigns it one.
 
@@ -210,6 +219,14 @@ def function_options(node: ast.FunctionDef | ast.AsyncFunctionDef, module: Modul
         for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
         if default is not None
     }
+
+
+def required_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """A function's parameters without a default, in order; `*args` and `**kwargs` are none."""
+    positional = [*node.args.posonlyargs, *node.args.args]
+    required = positional[: len(positional) - len(node.args.defaults)]
+    keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return [arg.arg for arg in [*required, *(arg for arg, default in keywords if default is None)]]
 
 
 def _doc_below(body: list[ast.stmt], position: int) -> str:

@@ -8,6 +8,8 @@ before torch is imported; `load` is what really imports it. This module must sta
   selector with `reads_rewards = True` in its class is for grpo stages only.
 - A reward file holds one public dataclass with `__call__`, or a public function named like the file, whose options
   are its keyword-only parameters that have a default. Either has TRL's signature: (completions, **columns).
+  `reads = ("answer",)` in its class names the columns that it reads; parameters without a default do so, too.
+  `row_by_row = True` in its class says that it judges each completion by itself, so that a call may be split.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ from siftrl.plugin_source import (
     find_module,
     function_options,
     is_dataclass,
+    method,
     methods,
     parse,
+    required_parameters,
 )
 from siftrl.recipe_text import RecipeError, choose, describe_error, near
+from siftrl.reward_columns import TRL_ARGUMENTS
 
 Kind = Literal["selector", "reward"]
 ROLES = {"propose": "prompt", "select": "batch"}
@@ -63,6 +68,10 @@ class Plugin:
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None = None
     reads_rewards: bool = False
     """Whether it is a batch selector that reads rewards or advantages, which only the completions of grpo have."""
+    row_by_row: bool = False
+    """Whether it is a reward that judges each completion by itself, so that a call may be split."""
+    reads: tuple[str, ...] | None = None
+    """The columns that a reward reads, as it declares them (`columns_read` fills in its options); None: it does not."""
 
     @property
     def summary(self) -> str:
@@ -130,7 +139,7 @@ def _find(kind: Kind, name: str) -> Plugin:
     ]
     function = source.statements.get(name)
     if kind == "reward" and isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return Plugin(name, kind, source.name, name, "reward", source, function)
+        return _reward_function(name, source.name, name, source, function)
     if len(classes) != 1:
         raise PluginError(
             f"{path} must hold one public @dataclass with {' or '.join(sorted(wanted))}, it has {len(classes)}", "name"
@@ -151,7 +160,7 @@ def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin
     if isinstance(node, ast.ClassDef):
         return _plugin_class(name, kind, module_name, symbol, where, node)
     if kind == "reward" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return Plugin(name, kind, module_name, symbol, "reward", where, node)
+        return _reward_function(name, module_name, symbol, where, node)
     if kind == "selector":
         raise PluginError(f"{name}: must be a class with propose or select", "name")
     return Plugin(name, kind, module_name, symbol, "reward")
@@ -160,7 +169,65 @@ def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin
 def _plugin_class(name: str, kind: Kind, module_name: str, symbol: str, source: Module, node: ast.ClassDef) -> Plugin:
     role = _role(kind, node, source)
     reads_rewards = role == "batch" and class_attribute(node, source, "reads_rewards") is True
-    return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards)
+    row_by_row = role == "reward" and class_attribute(node, source, "row_by_row") is True
+    reads = _reads(node, source) if role == "reward" else None
+    return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards, row_by_row, reads)
+
+
+def _reward_function(
+    name: str, module_name: str, symbol: str, source: Module, node: ast.FunctionDef | ast.AsyncFunctionDef
+) -> Plugin:
+    return Plugin(name, "reward", module_name, symbol, "reward", source, node, reads=_columns_required(node))
+
+
+def _reads(node: ast.ClassDef, source: Module) -> tuple[str, ...] | None:
+    declared = class_attribute(node, source, "reads")
+    if declared is None:
+        call = method(node, source, "__call__")
+        return None if call is None else _columns_required(call, 1)
+    if not isinstance(declared, (tuple, list)) or not all(isinstance(entry, str) for entry in declared):
+        problem = f'reads must be a tuple of column names, for example ("answer",), not {declared!r}'
+        raise PluginError(f"class {node.name}: {problem}", "name")
+    return tuple(declared)
+
+
+def _columns_required(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int = 0) -> tuple[str, ...] | None:
+    """The columns that a function cannot be called without; None where it takes `**columns` alone: any or none."""
+    columns = tuple(name for name in required_parameters(node)[skip:] if name not in TRL_ARGUMENTS)
+    return None if not columns and node.args.kwarg else columns
+
+
+def columns_read(plugin: Plugin, options: dict[str, Any]) -> tuple[tuple[str, ...], ...] | None:
+    """The data columns that a reward reads with these options, as its source declares them.
+
+    Each inner tuple holds alternatives, one of which must be among the data's columns. None: the reward does not
+    declare what it reads, so it cannot be checked.
+
+    In `reads` of a reward's class, `{NAME}` is the column that the option NAME names, and `|` stands between
+    alternatives: with "{column}|answer|solution" an option `column` that is set stands alone, a null one is passed
+    over. Raises PluginError for an entry that names no option, or one that is no column's name.
+    """
+    if plugin.reads is None:
+        return None
+    values = validate("reward", plugin.name, options)
+    columns = []
+    for entry in plugin.reads:
+        alternatives: list[str] = []
+        for part in entry.split("|"):
+            if not (part.startswith("{") and part.endswith("}")):
+                alternatives.append(part)
+                continue
+            option = part[1:-1]
+            value = values.get(option)
+            if option not in values or not isinstance(value, str | None):
+                problem = f"{entry!r}: {option!r} is no option that names a column{choose(option, list(values))}"
+                raise PluginError(f"class {plugin.symbol}: reads: {problem}", "name")
+            if value is not None:
+                alternatives = [value]
+                break
+        if alternatives:
+            columns.append(tuple(alternatives))
+    return tuple(columns)
 
 
 def _role(kind: Kind, node: ast.ClassDef, source: Module) -> str:
