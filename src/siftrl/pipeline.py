@@ -35,6 +35,7 @@ from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SF
 from siftrl.report import Progress, print_summary, say
 from siftrl.reward_guard import load_rewards
 from siftrl.rollout import RolloutOptions, Sampling, free_memory
+from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
 
@@ -117,7 +118,8 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, resume: bool) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(model)
-    data = load_data(recipe.data_of(stage), stage.kind, tokenizer)
+    limits = stage_limits(stage, model)
+    data = load_data(recipe.data_of(stage), stage.kind, tokenizer, limits)
     say(f"stage {stage.name} ({stage.kind}): {_describe(data)}")
     checkpoints = recipe.run_folder / "checkpoints" / stage.name
     recorder = Recorder(
@@ -172,6 +174,8 @@ def _describe(data: DataSplits) -> str:
     if data.eval is not None:
         parts.append(f"{len(data.eval)} held out")
     parts += [f"{count} dropped ({reason})" for reason, count in report["dropped"].items() if count]
+    if cut := report.get("cut"):
+        parts.append(f"{cut} cut to trainer.max_length")
     if report["ignored_columns"]:
         parts.append(f"columns not used: {', '.join(report['ignored_columns'])}")
     return ", ".join(parts)

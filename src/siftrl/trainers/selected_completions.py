@@ -34,8 +34,9 @@ from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
 from siftrl.types import BatchSelector, Selection
 
-ROW = "siftrl_row"
-"""A column that says which row of the data set it is; taken out before a reward sees it."""
+ROW: Any = 0
+"""The key under which a row holds its place in the data set; taken out before a reward sees it. No column has it: their
+names are text."""
 
 
 class _Numbered(torch.utils.data.Dataset):
