@@ -43,7 +43,7 @@ from siftrl.row_shapes import shorten, text_of
 if TYPE_CHECKING:
     from siftrl.recipe import RewardConfig
 
-__all__ = ["RewardError", "check_finite", "close_rewards", "guard", "load_rewards", "time_limit_of"]
+__all__ = ["RewardError", "check_finite", "close_rewards", "guard", "load_rewards"]
 logger = logging.getLogger(__name__)
 Values = list[float | None]
 ROWS_IN_LIMIT = 64
@@ -99,11 +99,27 @@ def _default_workers() -> int:
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def reward_states(rewards: Iterable[Any]) -> dict[str, Any]:
+    """The states of those guarded rewards that have one, by place and name: plain containers, for a checkpoint."""
+    states = {key: reward.place.state() for key, reward in _guarded(rewards).items()}
+    return {key: state for key, state in states.items() if state is not None}
+
+
+def load_reward_states(rewards: Iterable[Any], states: dict[str, Any]) -> None:
+    """Go on from `reward_states`' answer; other rewards than those that made it begin at their beginning."""
+    for key, reward in _guarded(rewards).items():
+        if key in states:
+            reward.place.go_on_from(states[key])
+
+
+def _guarded(rewards: Iterable[Any]) -> dict[str, _Guarded]:
+    return {f"{i} {reward.__name__}": reward for i, reward in enumerate(rewards) if isinstance(reward, _Guarded)}
+
+
 def close_rewards(rewards: Iterable[Any]) -> None:
     """End the worker processes of those rewards that have some."""
-    for reward in rewards:
-        if isinstance(reward, _Guarded):
-            reward.close()
+    for reward in _guarded(rewards).values():
+        reward.close()
 
 
 def guard(
@@ -134,8 +150,16 @@ def guard(
 class _Here:
     """The place of a reward in the trainer's process."""
 
-    def __init__(self, reward: Callable[..., Any]) -> None:
+    def __init__(self, reward: Any) -> None:
         self.reward = reward
+
+    def state(self) -> Any:
+        """What its `state_dict` tells; None for a reward without one, and for a model, whose weights are no state."""
+        has_state = hasattr(self.reward, "state_dict") and hasattr(self.reward, "load_state_dict")
+        return self.reward.state_dict() if has_state and not isinstance(self.reward, torch.nn.Module) else None
+
+    def go_on_from(self, state: Any) -> None:
+        self.reward.load_state_dict(state)
 
     def run(self, columns: Columns, limit: float | None) -> Answer | Fault:
         return _in_a_thread(lambda: call_reward(self.reward, own_copy(columns), asyncio.run), limit)

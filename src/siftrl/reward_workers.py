@@ -180,7 +180,7 @@ class RewardPool:
     def __init__(self, name: str, options: dict[str, Any], *, most: int, time_limit: float | None, stop: bool) -> None:
         """Start the first worker; `facts` waits for it. time_limit: seconds for one row. stop: end at a fault."""
         self.name, self.options, self.most, self.time_limit, self.stop = name, options, most, time_limit, stop
-        self.state: bytes | None = None
+        self._state: bytes | None = None
         self._pending: deque[int] = deque()
         self._workers = [Worker(name, options, None)]
         self.close = weakref.finalize(self, _end, self._workers)
@@ -197,6 +197,14 @@ class RewardPool:
         if not self._by_row or told.has_state:
             self.most = 1
         return told
+
+    def state(self) -> Any:
+        """The reward's state after the last answer, for a checkpoint; None: it has none, or has not judged yet."""
+        return None if self._state is None else pickle.loads(self._state)
+
+    def go_on_from(self, state: Any) -> None:
+        self._state = pickle.dumps(state)
+        self._drop(*self._workers)  # the next one begins there
 
     def run(self, columns: Columns, limit: float | None) -> Answer | Fault:
         """The answer to a call that may take `limit` seconds; None: any time. Rows: one may take `time_limit` more."""
@@ -283,7 +291,7 @@ class RewardPool:
         return late
 
     def _start(self) -> None:
-        self._workers.append(Worker(self.name, self.options, self.state))
+        self._workers.append(Worker(self.name, self.options, self._state))
 
     def _built(self, worker: Worker, told: Reply | Facts | Fault | None) -> None:
         if not isinstance(told, Facts):
@@ -293,7 +301,7 @@ class RewardPool:
     def _answer(self, worker: Worker, told: Reply | Facts | Fault | None, limit: float | None) -> Answer | Fault:
         """What a worker told of a row or a call; None: nothing within `limit` seconds."""
         if isinstance(told, Reply):
-            self.state = told.state
+            self._state = told.state
             if told.warning:
                 logger.warning("reward %r: %s", self.name, told.warning)
             return told.answer
