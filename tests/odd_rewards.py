@@ -21,6 +21,9 @@ def obey(text: str) -> Any:
     match text.split():
         case ["hang"]:
             time.sleep(600)
+        case ["sleep", number]:
+            time.sleep(0.05)
+            return float(number)
         case ["spin"]:  # never lets go of the interpreter
             re.match("(a+)+$", "a" * 60 + "b")
         case ["child", file, session]:

@@ -89,11 +89,23 @@ def test_a_row_that_hangs_or_ends_the_process_costs_that_row_alone(rows: Any) ->
     ]
 
 
-@pytest.mark.parametrize("session", ["own", "same"])
-def test_a_killed_worker_takes_its_processes_with_it(rows: Any, session: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_worker_takes_its_processes_with_it(rows: Any, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    assert rows([f"child {pids} {session}", "1"]) == [None, 1.0]
-    assert not is_there(int(pids.read_text()))
+    assert rows([f"child {pids} own", "1", f"child {pids} same"]) == [None, 1.0, None]
+    own, same = map(int, pids.read_text().split())
+    assert not is_there(own) and not is_there(same)
+
+
+@pytest.mark.slow
+def test_more_workers_help_with_a_long_call_alone() -> None:
+    before = len(processes())
+    reward = in_worker("RowByRow", workers=3)
+    assert reward(["1"] * 64) == [1.0] * 64 and len(processes()) == before + 1
+    texts = [f"sleep {i}" for i in range(64)]
+    assert reward(texts) == list(range(64)) and len(processes()) == before + 3
+    reward.close()
+    assert len(processes()) == before
 
 
 CAUSES = {
@@ -107,7 +119,7 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("text", CAUSES)
+@pytest.mark.parametrize("text", [pytest.param("spin", marks=pytest.mark.slow), *list(CAUSES)[1:]])
 def test_a_reward_that_judges_calls_is_named_with_its_row_too(whole: Any, text: str) -> None:
     with pytest.raises(RewardError, match=f"'odd_rewards:whole': row 2: {CAUSES[text]}.*; prompt: 'p'; completion"):
         whole(["1", "1", text], prompts=["p"] * 3)
@@ -171,6 +183,7 @@ def test_a_column_named_like_an_option_does_not_replace_it(whole: Any, caplog: p
         caplog.clear()
 
 
+@pytest.mark.slow
 def test_the_state_survives_a_killed_worker_and_goes_into_checkpoints() -> None:
     counting = in_worker("Counting", time_limit=0.5, on_error="missing")
     assert counting(["1", "1"]) == [2.0, 2.0]
@@ -195,6 +208,13 @@ def test_an_async_reward_is_awaited_in_its_worker() -> None:
         asyncio.run(reward(["exit"]))
     assert asyncio.run(reward(["4"])) == [4.0]
     reward.close()
+
+
+def test_what_cannot_be_sent_is_named(whole: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RewardError, match="'odd_rewards:whole': column 'lock' cannot be sent .*; write `workers: 0`"):
+        whole(["1"], lock=[threading.Lock()])
+    in_worker("whole", workers=3).close()
+    assert "'odd_rewards:whole': has one worker, not 3: it does not declare `row_by_row = True`" in caplog.text
 
 
 def test_what_stays_in_the_trainers_process_says_so(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ class RewardConfig(Section):
     time_limit: Positive | None = 60.0
     """Seconds that a call with up to 64 rows may take, in proportion for more; null: no limit."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Most processes that judge, on each rank; null: by the machine's cores; 0: the trainer's own process."""
+    """Most processes that judge, on each rank, for a reward that judges row by row; null: this rank's share of the
+    cores, 8 at most; 0: the trainer's own process."""
     on_error: Literal["stop", "missing"] = "stop"
     """When it raises, hangs, or returns NaN or the wrong count: stop the run, or score those rows as missing."""
     options: dict[str, Any] = {}

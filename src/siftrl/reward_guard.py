@@ -96,7 +96,8 @@ def _load(config: RewardConfig, pool: RewardPool | None) -> GuardedReward | Asyn
 def _default_workers() -> int:
     """This rank's share of the machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun's name; DeepSpeed's
+    return min(MOST_WORKERS, max(1, cores // int(ranks)))
 
 
 def reward_states(rewards: Iterable[Any]) -> dict[str, Any]:
