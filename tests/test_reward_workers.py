@@ -18,6 +18,7 @@ import odd_rewards
 import psutil
 import pytest
 import torch
+from conftest import grpo_args
 from launch import run_command
 
 from siftrl.evaluate import score
@@ -314,6 +315,29 @@ def test_a_reward_beyond_float32_is_named_whoever_gave_it() -> None:
         check_finite(torch.tensor([[3e38, 3e38]]), torch.ones(2), ["a", "b"])
     with pytest.raises(RewardError, match="reward 'b': row 1: inf"):
         check_finite(torch.tensor([[1.0, 1.0], [1.0, float("inf")]]), torch.ones(2), ["a", "b"])
+
+
+@pytest.mark.slow
+def test_the_trainer_names_plain_functions_too_and_keeps_the_state_of_guarded_rewards(
+    tiny_model: str, sums: Any, tmp_path: Path
+) -> None:
+    from siftrl.trainers.grpo import GRPOTrainer
+
+    does: list[Any] = []
+
+    def plain(completions: list[str], **columns: Any) -> list[float]:
+        return [does[0]() for _ in completions]
+
+    counting = guard(odd_rewards.Counting(), "counting", on_error="missing")  # no completion is a number
+    trainer = GRPOTrainer(tiny_model, [plain, counting], grpo_args(tmp_path), train_dataset=sums)
+    does[:] = [lambda: sys.exit(0)]
+    with pytest.raises(RewardError, match="a reward raised SystemExit: 0"):
+        trainer.train()
+    does[:] = [lambda: 1e39]
+    with pytest.raises(RewardError, match="reward 'plain': row 0: inf x its weight 1 is not finite in float32"):
+        trainer.train()
+    trainer.load_rank_state({"rewards": {"1 counting": {"seen": 7}}})
+    assert trainer.rank_state()["rewards"] == {"1 counting": {"seen": 7}}
 
 
 # ------------------------------------------------------------------------------------------------------- the end

@@ -87,9 +87,9 @@ def _load(config: RewardConfig, pool: RewardPool | None) -> GuardedReward | Asyn
                 logger.warning("reward %r: has one worker, not %d: it %s", config.name, config.workers, problem)
             kind = AsyncGuardedReward if facts.is_async else GuardedReward
             return kind(pool, config.name, config.time_limit, config.on_error, facts.options)
+    reward = plugins.load("reward", config.name, config.options)
     level = logging.INFO if pool is None else logging.WARNING
     logger.log(level, "reward %r: runs in the trainer's process: %s", config.name, reason)
-    reward = plugins.load("reward", config.name, config.options)
     return guard(reward, config.name, time_limit=config.time_limit, on_error=config.on_error)
 
 
@@ -294,10 +294,7 @@ class AsyncGuardedReward(_Guarded):
                 arguments, limit = steps.send(outcome)
             except StopIteration as stop:
                 return stop.value
-            if isinstance(self.place, RewardPool):
-                outcome = await asyncio.to_thread(self.place.run, arguments, limit)
-            else:
-                outcome = await self.place.run_async(arguments, limit)
+            outcome = await self.place.run_async(arguments, limit)
 
 
 class _Traceback(Exception):

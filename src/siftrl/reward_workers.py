@@ -8,17 +8,21 @@ This module must stay free of torch: workers import it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 from multiprocessing.connection import wait as first_of
@@ -77,7 +81,7 @@ class Worker:
     def __init__(self, name: str, options: dict[str, Any], state: bytes | None) -> None:
         self.rows: deque[int] = deque()
         """The rows that it was given and has not told of; the first one is under way."""
-        self.since = time.monotonic()
+        self.started = self.since = time.monotonic()
         """When it began with what it is doing."""
         self.facts: Facts | None = None
         """Those of its reward, once it is built."""
@@ -115,7 +119,10 @@ class Worker:
                 return None
             message = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
-            code = self.process.wait()
+            try:
+                code = self.process.wait(GOODBYE_SECONDS)
+            except subprocess.TimeoutExpired:
+                return Fault("closed its process's connection to the trainer")
             return Fault(f"ended its process ({f'exit code {code}' if code >= 0 else signal.Signals(-code).name})")
         self.since = time.monotonic()
         if isinstance(message, Facts):
@@ -182,6 +189,7 @@ class RewardPool:
         self.name, self.options, self.most, self.time_limit, self.stop = name, options, most, time_limit, stop
         self._state: bytes | None = None
         self._pending: deque[int] = deque()
+        self._start_seconds = 0.0
         self._workers = [Worker(name, options, None)]
         self.close = weakref.finalize(self, _end, self._workers)
         """End the workers; at the latest when the pool or this process ends."""
@@ -207,7 +215,7 @@ class RewardPool:
         self._drop(*self._workers)  # the next one begins there
 
     def run(self, columns: Columns, limit: float | None) -> Answer | Fault:
-        """The answer to a call that may take `limit` seconds; None: any time. Rows: one may take `time_limit` more."""
+        """The answer to a call that may take `limit` seconds; None: any time. Rows have 2 `time_limit` more."""
         columns = _for_a_worker(columns)
         self._drop(*(worker for worker in self._workers if worker.process.poll() is not None))
         try:
@@ -215,6 +223,19 @@ class RewardPool:
         except BaseException:  # an interrupt: what is under way would pass for the answer to the next call
             self._drop(*self._workers)
             raise
+
+    async def run_async(self, columns: Columns, limit: float | None) -> Answer | Fault:
+        """The same beside an event loop: async rewards wait for their answers at the same time."""
+        outcome: Future[Answer | Fault] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(self.run(columns, limit))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # a pool's threads would keep the interpreter from ending
+        return await asyncio.wrap_future(outcome)
 
     def _call(self, columns: Columns, limit: float | None) -> Answer | Fault:
         if not self._workers:
@@ -229,20 +250,22 @@ class RewardPool:
         num_rows = len(columns["completions"])
         answers: list[Answer | Fault | None] = [None] * num_rows
         self._pending = deque(range(num_rows))
+        budget = math.inf if limit is None or self.time_limit is None else limit + 2 * self.time_limit
+        self._start_seconds = 0.0
         start = time.monotonic()
-        end = None if limit is None or self.time_limit is None else start + limit + self.time_limit
         stopped = False
         while not stopped and (self._pending or any(worker.rows for worker in self._workers)):
             self._deal(columns, num_rows, late=time.monotonic() - start > PATIENCE_SECONDS)
-            found = {row: answer for worker in self._speaking(end) for row, answer in self._heard(worker)}
+            left = start + budget + self._starting() - time.monotonic()
+            found = {row: answer for worker in self._speaking(left) for row, answer in self._heard(worker)}
             found |= self._late_rows()
             for row, answer in found.items():
                 answers[row] = answer
             stopped = self.stop and any(isinstance(answer, Fault) for answer in found.values())
-            if end is not None and time.monotonic() > end:
-                stopped = True
-                unreached = Fault(f"was not reached: {num_rows} rows took longer than {end - start:g} s")
+            if start + budget + self._starting() < time.monotonic():
+                unreached = Fault(f"was not reached: {num_rows} rows took longer than {budget:g} s")
                 answers = [answer or unreached for answer in answers]
+                break
         self._drop(*(worker for worker in self._workers if worker.rows))
         return joined([answer or Answer([None], [], []) for answer in answers])
 
@@ -259,14 +282,19 @@ class RewardPool:
         if self._pending and not starting and (not self._workers or (late and len(self._workers) < self.most)):
             self._start()
 
-    def _speaking(self, end: float | None) -> list[Worker]:
-        """The workers that have something to tell, waited for until the next deadline."""
+    def _starting(self) -> float:
+        """Seconds of this call that went into starting workers: they are not the reward's."""
+        now = time.monotonic()
+        return self._start_seconds + sum(now - worker.since for worker in self._workers if worker.facts is None)
+
+    def _speaking(self, left: float) -> list[Worker]:
+        """The workers that have something to tell, waited for until the next deadline; `left` seconds at most."""
         listening = {worker.connection: worker for worker in self._workers if worker.rows or worker.facts is None}
-        deadlines = [time.monotonic() + PATIENCE_SECONDS]
-        deadlines += [end] if end is not None else []
+        left = min(left, PATIENCE_SECONDS)
         if self.time_limit is not None:
-            deadlines += [worker.since + self.time_limit for worker in listening.values() if worker.rows]
-        ready = first_of(list(listening), max(0.0, min(deadlines) - time.monotonic()))
+            late = [worker.since + self.time_limit for worker in listening.values() if worker.rows]
+            left = min(left, *(moment - time.monotonic() for moment in late)) if late else left
+        ready = first_of(list(listening), max(0.0, left))
         return [listening[connection] for connection in ready]  # type: ignore[index]
 
     def _heard(self, worker: Worker) -> Iterator[tuple[int, Answer | Fault]]:
@@ -275,6 +303,7 @@ class RewardPool:
             told = worker.receive()
             if worker.facts is None or isinstance(told, Facts):
                 self._built(worker, told)
+                self._start_seconds += worker.since - worker.started
             else:
                 yield worker.rows.popleft(), self._answer(worker, told, self.time_limit)
 
