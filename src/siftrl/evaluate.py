@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from siftrl.reward_guard import RewardError, load_rewards
+from siftrl.reward_guard import RewardError, check_finite, close_rewards, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
 from siftrl.row_shapes import Prompt, encode_prompts
 
@@ -123,7 +123,8 @@ def score(
     A missing reward counts as 0 beside others; NaN where every reward is missing.
     """
     weight = torch.tensor(list(weights), dtype=torch.float32)
-    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    arguments |= columns | {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
     scores = []
     for reward in rewards:
         values = reward(**arguments)
@@ -132,6 +133,7 @@ def score(
                 values = thread.submit(asyncio.run, _await(values)).result()
         scores.append([math.nan if value is None else float(value) for value in values])
     per_reward = torch.tensor(scores, dtype=torch.float32).T  # [m, rewards]
+    check_finite(per_reward, weight, [getattr(reward, "__name__", type(reward).__name__) for reward in rewards])
     total = (per_reward * weight).nansum(1)
     return torch.where(per_reward.isnan().all(1), math.nan, total)
 
@@ -284,6 +286,8 @@ def evaluate_command(args: Namespace) -> int:
         )
     except RewardError as error:
         raise ValueError(str(error)) from error
+    finally:
+        close_rewards(rewards)
     _print_table(args.model, summarise([report], args.k or None))
     if args.out is not None:
         _write_rows(Path(args.out), rows, report)

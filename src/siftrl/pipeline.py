@@ -33,7 +33,7 @@ from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
-from siftrl.reward_guard import load_rewards
+from siftrl.reward_guard import close_rewards, load_rewards
 from siftrl.rollout import RolloutOptions, Sampling, free_memory
 from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
@@ -160,6 +160,8 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         evals["after"] = _held_out(stage, trainer, data, recipe)
         if distributed.is_main():
             recorder.metrics(trainer.state.global_step, {"held_out": evals["after"], **trainer.sift_summary()})
+    if isinstance(stage, GRPOStage):
+        close_rewards(trainer.reward_funcs)
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
     report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}

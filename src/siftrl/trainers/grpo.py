@@ -27,6 +27,7 @@ from trl.trainer.utils import RepeatSampler
 from siftrl import calibration, distributed, lengths, plugins, state, value
 from siftrl.batch_selection import Chain
 from siftrl.parts import BY_STRUCTURE, PartNames
+from siftrl.reward_guard import RewardError, check_finite, load_reward_states, reward_states
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
 from siftrl.trainers import rows as row_ops
@@ -347,7 +348,11 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: Any
     ) -> Tensor:
         with self.clock("reward"):
-            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            try:
+                per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            except SystemExit as error:  # a reward of Python's would end the run as if it were done
+                raise RewardError(f"a reward raised SystemExit: {error}") from error
+        check_finite(per_function, self.reward_weights.to(per_function.device), self.reward_func_names)
         total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         total[torch.isnan(per_function).all(1)] = float("nan")
         if torch.isnan(total).all():
@@ -421,12 +426,17 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self.value_model.load_state(saved["value_model"])
 
     def rank_state(self) -> dict[str, Any]:
-        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1)."""
+        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1), and
+        the states of this rank's rewards."""
         under_way = self._step % self._passes_in_rollout != 0
-        return {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        saved = {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        states = reward_states(self.reward_funcs)
+        return saved | {"rewards": states} if states else saved
 
     def load_rank_state(self, saved: dict[str, Any]) -> None:
-        self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        if "rollouts_under_way" in saved:
+            self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        load_reward_states(self.reward_funcs, saved.get("rewards", {}))
 
 
 class _EpochTeller(TrainerCallback):
