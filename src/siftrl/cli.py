@@ -103,9 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         _add_recipe(command)
         command.add_argument("--ranks", type=_count, help="processes that it will run on (default: WORLD_SIZE, or 1)")
         command.add_argument(
-            "--not-here", action="store_true", help="do not ask for the packages that the recipe needs"
+            "--not-here",
+            action="store_true",
+            help="do not look for the packages, files and models that the recipe needs",
         )
         command.set_defaults(run=run)
+    validate.add_argument(
+        "--rows", type=_count, metavar="N", help="print N prompts, and what the rewards say of their right answers"
+    )
 
     listing = commands.add_parser(
         "list",
@@ -179,8 +184,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
+    if value != 0 and not 1e-3 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy), or a number from 0.001 on")
     return value
 
 
@@ -188,12 +193,13 @@ def _temperature(text: str) -> float:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from siftrl.recipe import load_recipe
+    from siftrl.preflight import load_checked
     from siftrl.run import Interrupted, check_folder
 
-    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    recipe, lines = load_checked(find_recipe(args.recipe), args.overrides)
     if os.environ.get("RANK", "0") == "0":  # the other ranks may come when the first has made the folder
         check_folder(recipe, args.resume)
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
 
     from siftrl.pipeline import run_recipe
 
@@ -207,11 +213,16 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from siftrl.recipe import load_recipe
+    from siftrl.preflight import load_checked
 
     path = find_recipe(args.recipe)
-    recipe = load_recipe(path, args.overrides, num_ranks=args.ranks, check_installed=not args.not_here)
+    recipe, lines = load_checked(path, args.overrides, num_ranks=args.ranks, here=not args.not_here)
     print(f"{path}: a valid recipe, stages: {', '.join(stage.name for stage in recipe.stages)}")
+    print("".join(f"  {line}\n" for line in lines), end="")
+    if args.rows is not None:
+        from siftrl.show_rows import rows_text
+
+        print(rows_text(recipe, args.rows))
     return 0
 
 

@@ -38,6 +38,7 @@ from siftrl.rollout import RolloutOptions, Sampling, free_memory
 from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
+from siftrl.types import PromptSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,7 +165,7 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         close_rewards(trainer.reward_funcs)
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
-    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
     if data.report:
         report["data"] = data.report
     return report
@@ -249,6 +250,9 @@ def _grpo_trainer(
     options["model_init_kwargs"] = models.model_init_kwargs(model)
     rewards, weights = load_rewards(recipe.rewards_of(stage))
     chosen = stage.prompt_selector
+    selector = plugins.load("selector", chosen.name, chosen.options) if chosen else None
+    if selector is not None:
+        _check_candidates(selector, stage, len(data.train))
     rollout = stage.rollout
     return GRPOTrainer(
         model=model.path,
@@ -258,12 +262,26 @@ def _grpo_trainer(
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
-        prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
+        prompt_selector=selector,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
         skip_zero_advantage=stage.selection.skip_zero_advantage,
+        halt_on_no_signal=recipe.logging.halt_on_no_signal,
         recorder=recorder,
         **_selection_options(recipe, stage),
     )
+
+
+def _check_candidates(selector: PromptSelector, stage: GRPOStage, rows: int) -> None:
+    """Ask the selector itself how many prompts it draws, before a model is loaded."""
+    keep = stage.prompts_per_step
+    drawn, who = selector.num_candidates(keep), f"stage {stage.name}: {type(selector).__name__}"
+    if not isinstance(drawn, int) or drawn < keep:
+        raise ValueError(f"{who}.num_candidates({keep}) is {drawn!r}; it must be a whole number, {keep} or more")
+    if drawn > rows:
+        raise ValueError(
+            f"{who} draws {drawn} prompts for the {keep} of a step, the data has only {rows} to train on; lower "
+            "prompts_per_step, or what the selector draws"
+        )
 
 
 def _row_trainer(

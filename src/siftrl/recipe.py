@@ -172,7 +172,7 @@ class Recipe(Section):
 
     name: Name = "run"
     """The run folder's name; by default the recipe file's."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelConfig
     data: DataConfig | None = None
     rewards: list[RewardConfig] = []

@@ -18,6 +18,7 @@ from siftrl.deepspeed_config import deepspeed_config
 from siftrl.plugin_source import Module, dataclass_fields, parse
 from siftrl.recipe_sections import DataConfig, RewardConfig, RolloutConfig
 from siftrl.recipe_text import Key, RecipeError, choose, near
+from siftrl.trainer_checks import check_trainer_packages, check_trainer_values
 from siftrl.trl_options import check_trainer_options
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _OWN_ORDER = "the rows come in an order of siftrl's own, drawn from the recipe's
 _NOT_WITH_A_BATCH_SELECTOR = {
     "sft": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
     "dpo": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
-    "grpo": _IN_ALL,
+    "grpo": _IN_ALL | {"remove_unused_columns": (False, "completions are told apart by a column of their own")},
 }
 """TRL's options that batch selection cannot work with, by kind of stage: option -> (its harmless value, why)."""
 _ENGINE_ARGS_OWNED = {
@@ -70,6 +71,8 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
     _check_rewards(recipe.rewards, ("rewards",), need)
     for index, stage in enumerate(recipe.stages):
         _check_stage(recipe, stage, ("stages", index), world_size, need)
+        if check_installed:
+            with_key(check_trainer_packages, stage.trainer, key=("stages", index, "trainer"))
 
 
 def require_installed(package: str, *key: str | int) -> None:
@@ -113,13 +116,18 @@ def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, nee
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
     _check_selection(stage, key)
     with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
+    with_key(check_trainer_values, stage.kind, stage.trainer, key=(*key, "trainer"))
     arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
+    if recipe.model.scratch is not None:
+        check_context(recipe, stage, recipe.model.scratch.max_positions, key)
     if stage.kind == "grpo":
         _check_rollout(stage.rollout, recipe, stage, (*key, "rollout"), world_size, need)
-        rows = known_rows(recipe.data_of(stage))
-        if rows is not None and arithmetic.prompts_proposed > rows:
-            problem = f"a step draws {arithmetic.prompts_proposed} prompts, the data has only {rows} to train on"
-            raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
+        data = recipe.data_of(stage)
+        rows = data.limit if data.reasoning_gym is None else known_rows(data)
+        proposed = arithmetic.prompts_proposed or stage.prompts_per_step
+        if rows is not None and proposed > rows:
+            problem = f"a step draws {proposed} prompts, the data has only {rows} to train on"
+            raise RecipeError(f"{problem}; lower it, or what the selector draws", *key, "prompts_per_step")
 
 
 def _check_selection(stage: AnyStage, key: Key) -> None:
@@ -162,6 +170,25 @@ def known_rows(data: DataConfig) -> int | None:
     return min(data.reasoning_gym.size, data.limit or data.reasoning_gym.size)
 
 
+def check_context(recipe: Recipe, stage: AnyStage, positions: int, key: Key) -> None:
+    """Refuse a stage whose rows may be longer than the model's context of `positions` tokens. key: the stage's."""
+    prompt = recipe.data_of(stage).max_prompt_tokens
+    if stage.kind == "grpo":
+        needed, where = stage.rollout.max_completion_tokens + (prompt or 1), ("rollout", "max_completion_tokens")
+        parts = f"{prompt or 1} prompt and {stage.rollout.max_completion_tokens} completion tokens"
+    else:
+        needed, where = stage.trainer.get("max_length") or 0, ("trainer", "max_length")
+        parts = f"rows of {needed} tokens"
+    if needed > positions:
+        room = positions - (needed - stage.rollout.max_completion_tokens) if stage.kind == "grpo" else positions
+        advice = f"write {room} or less" if room > 0 else "lower data.max_prompt_tokens"
+        raise RecipeError(f"the model's context of {positions} tokens has no room for {parts}; {advice}", *key, *where)
+    longest = stage.rollout.max_model_len if stage.kind == "grpo" else None
+    if longest is not None and longest > positions:
+        problem = f"{longest} is more than the model's context of {positions} tokens; write {positions} or less"
+        raise RecipeError(problem, *key, "rollout", "max_model_len")
+
+
 def _check_rollout(
     rollout: RolloutConfig, recipe: Recipe, stage: GRPOStage, key: Key, world_size: int, need: Any
 ) -> None:
@@ -174,6 +201,9 @@ def _check_rollout(
                 raise RecipeError("is an option of vllm; remove it, or write `engine: vllm`", *key, name)
         return
     need("vllm", *key, "engine")
+    if rollout.temperature < 0.01:
+        problem = f"vllm takes {rollout.temperature:g} for 0.01, and the trainer does not"
+        raise RecipeError(f"{problem}; write 0.01 or more", *key, "temperature")
     refused = colocated_only if rollout.mode == "server" else server_only
     for name in refused:
         if getattr(rollout, name) != getattr(default, name):
@@ -208,6 +238,9 @@ def _check_rewards(rewards: list[RewardConfig], key: Key, need: Any) -> None:
 def _check_data(data: DataConfig, key: Key, need: Any) -> None:
     if data.reasoning_gym is None:
         return
+    held = data.eval
+    if held is not None and held.path is None and held.seed == data.reasoning_gym.seed:
+        raise RecipeError(f"{held.seed} is also the training rows' seed; write another one", *key, "eval", "seed")
     need("reasoning_gym", *key, "reasoning_gym")
     for index, task in enumerate(data.reasoning_gym.tasks):
         check_gym_task(task.name, task.config, (*key, "reasoning_gym", "tasks", index))

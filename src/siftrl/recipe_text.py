@@ -193,6 +193,13 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
         document.overrides[key] = text
 
 
+def located(path: Path, overrides: Iterable[str], error: RecipeError) -> str:
+    """The error of a check of a whole recipe, with the file and the line, or the override, that holds its key."""
+    document = read_yaml(path)
+    apply_overrides(document, overrides)
+    return document.located(error.key, error.problem)
+
+
 def _item(items: list[Any], part: str, text: str, key: Key) -> int:
     """The index of the list's item that `part` means: a number, or the item's name (a stage's name or kind)."""
     if part.isdigit() and int(part) < len(items):

@@ -43,6 +43,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         seconds = stage["seconds"]
         parts = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.1f}" for part in PARTS if seconds[part])
         say(f"{stage['name']}: seconds by part: {parts}")
+        for text in stage.get("warnings", []):  # stages that an earlier version ran have none
+            say(f"{stage['name']}: warning: {text}")
     say(f"model:   {folder / 'model'}\nrecords: {folder}/metrics.jsonl, selection.jsonl, samples.jsonl, summary.json")
 
 
@@ -65,6 +67,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         shown = {short: f"{logs[key]:.3g}" for key, short in self.SHOWN.items() if logs.get(key) is not None}
+        if "EV" in shown and logs["prompts/explained_variance"] < -1:
+            shown["EV"] = "<-1"  # a constant would do far better; by how much says nothing
         if self.bar is not None and shown:
             self.bar.set_postfix(shown)
 

@@ -33,6 +33,7 @@ class RowSelection:
         seed: of the random choices.
         clock: the trainer's; "score" and "select" are this one's parts.
         max_overhead: see `siftrl.budget.Budget`.
+        warn: takes the budget's message, once.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class RowSelection:
         clock: Clock,
         recorder: Recorder | None,
         max_overhead: float | None = None,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
+        self.warn = warn
         self.chain, self.scorer, self.clock, self.recorder = chain, scorer, clock, recorder
         self.generator = torch.Generator().manual_seed(seed)
         self.budget = Budget(max_overhead)
@@ -106,7 +109,7 @@ class RowSelection:
 
     def _affordable(self, num_rows: int, usable: Tensor) -> int | None:
         """How many rows the budget lets be scored in this step; None: all."""
-        if self.budget.max_overhead is None:
+        if self.budget.max_overhead is None or not self.chain:  # without a selector nothing is scored
             return None
         spent = {part: now - self._seconds_then[part] for part, now in self.clock.seconds.items()}
         self._seconds_then = dict(self.clock.seconds)
@@ -118,8 +121,8 @@ class RowSelection:
             self.budget.observe(self._scored_last, selecting, rest)
         offered = int(usable.sum())
         limit = self.budget.plan(offered, min(kept_rows(num_rows, [link.keep for link in self.chain])[-1], offered))
-        if (message := self.budget.message()) and distributed.is_main():
-            logger.warning("%s", message)
+        if message := self.budget.message():
+            self.warn(message)
         return limit
 
     def _account(self, signals: Signals, selection: Selection, scored: Tensor, finite: Tensor) -> Figures:

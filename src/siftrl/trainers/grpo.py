@@ -78,6 +78,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         skip_zero_advantage: do not run completions that have no advantage, though they count in the loss's denominator:
             they have no gradient. None: where a batch selector had to take some since too few have one; True: always;
             False: never. They are always run where a KL penalty, an entropy bonus or a router's loss counts on them.
+        halt_on_no_signal: stop after so many optimizer steps in a row without a prompt whose completions' rewards
+            differ. None: only warn.
         rollout: seeds, the weight-sync probe and further vLLM arguments.
         recorder: where the audit log and the samples go; None: `args.output_dir`, once a selector is on.
 
@@ -102,6 +104,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         parts: PartNames = BY_STRUCTURE,
         max_overhead: float | None = None,
         skip_zero_advantage: bool | None = None,
+        halt_on_no_signal: int | None = None,
         rollout: RolloutOptions | None = None,
         recorder: Recorder | None = None,
         **kwargs: Any,
@@ -119,7 +122,9 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self._train_sampler: EpochRepeatSampler | None = None
         with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self._init_sift(recorder)
+        self._init_sift(recorder, halt_on_no_signal)
+        if batch_selector is not None and not self.chain:
+            self.warn("batch_selector keeps all completions, so none is chosen: lower `keep`, or leave it out")
         selects = prompt_selector is not None or bool(self.chain)
         self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
         self.value_model: value.ValueModel | None = None
@@ -276,11 +281,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         with self.clock("value_update"):
             self.prompt_selector.observe(candidates, selection, rewards)
             if self.value_model is not None:
-                figures = self.value_model.update(self._value_tokens(chosen), rewards, self._policy_hidden())
-                for name, figure in figures.items():
+                learned = self.value_model.update(self._value_tokens(chosen), rewards, self._policy_hidden())
+                for name, figure in learned.items():
                     self._log_metric_value(f"value/{name}", figure)
-        for name, figure in self.prompt_selector.metrics().items():
+        figures = self.prompt_selector.metrics()
+        for name, figure in figures.items():
             self._log_metric_value(f"prompts/{name}", figure)
+        if "fallback" in figures:
+            explained = figures.get("spread_explained_variance", figures.get("explained_variance"))
+            self.health.curriculum(figures["fallback"] > 0, explained)
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
@@ -352,8 +361,10 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
                 per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             except SystemExit as error:  # a reward of Python's would end the run as if it were done
                 raise RewardError(f"a reward raised SystemExit: {error}") from error
-        check_finite(per_function, self.reward_weights.to(per_function.device), self.reward_func_names)
-        total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        weights = self.reward_weights.to(per_function.device)
+        check_finite(per_function, weights, self.reward_func_names)
+        weighted = per_function * weights
+        total = weighted.nansum(1)
         total[torch.isnan(per_function).all(1)] = float("nan")
         if torch.isnan(total).all():
             raise RuntimeError(
@@ -364,6 +375,12 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self._group_rewards = total.view(-1, self.num_generations).cpu()
             effective = calibration.group_statistics(self._group_rewards).effective()
             self._log_metric_value("effective_ratio", effective.float().mean().item())
+            if self.multi_objective_aggregation != "sum_then_normalize":  # each reward has advantages of its own
+                groups = weighted.T.reshape(-1, self.num_generations).cpu()
+                effective = calibration.group_statistics(groups).effective()
+            cut = self._metrics["train"]["completions/clipped_ratio"][-1]
+            known = total[~torch.isnan(total)]
+            self.health.rollout(bool(effective.any()), cut, known.min().item(), known.max().item())
             if self.recorder is not None and distributed.is_main():
                 rewards = total.tolist()  # rank 0's rows come first
                 samples = [

@@ -24,6 +24,7 @@ from trl.trainer.utils import use_adapter
 from siftrl import batch_selection, distributed, policy
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain
+from siftrl.health import Health
 from siftrl.parts import PartNames
 from siftrl.rollout import replaced
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
@@ -32,6 +33,7 @@ from siftrl.scoring import ScoredBatch, Scorer
 from siftrl.signals import ValueGradient
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
+from siftrl.trainers.base import settle
 from siftrl.types import BatchSelector, Selection
 
 ROW: Any = 0
@@ -61,11 +63,13 @@ class SelectedCompletionsMixin:
     accelerator: Any
     args: Any
     clock: Clock
+    health: Health
     model: Any
     recorder: Recorder | None
     row_selection: RowSelection | None
     state: Any
     train_dataset: Any
+    warn: Any
     # TRL's
     aux_loss_enabled: bool
     beta: float
@@ -133,6 +137,7 @@ class SelectedCompletionsMixin:
             clock=self.clock,
             recorder=self.recorder,
             max_overhead=max_overhead,
+            warn=self.warn,
         )
 
     def take_ids(self, data_rows: list[dict[str, Any]]) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -145,8 +150,7 @@ class SelectedCompletionsMixin:
     def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """This rank's micro-batches of the completions worth training on, of all ranks' rollouts."""
         assert self.row_selection is not None
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the rollout's end is not the selection's cost
+        settle(self.accelerator.device)  # the rollout's end is not the selection's cost
         with self.clock("select"):
             step, group = self.state.global_step + 1, self.num_generations
             rows = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
@@ -193,6 +197,9 @@ class SelectedCompletionsMixin:
             }
             for name, figure in figures.items():
                 self._log_metric_value(f"batch/{name}", figure)
+            if self.chain:
+                offered = int((teaches & (copies > 0)).sum())
+                self.health.chosen(offered, keep, int(figures["rows_run"]), int(figures["rows_scored"]))
             num_items = (signals.num_tokens[whole.indices] * whole.weights).sum()
             pad, device = self._tokenizer.pad_token_id, self.accelerator.device
             return [

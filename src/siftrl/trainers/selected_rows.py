@@ -22,9 +22,11 @@ from transformers import TrainingArguments
 from siftrl import batch_selection, distributed, state
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain, Link
+from siftrl.health import Health
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import Rows, Scorer
+from siftrl.trainers.base import settle
 from siftrl.types import BatchSelector, Selection, Signals
 
 
@@ -42,11 +44,13 @@ class SelectedRowsMixin(ABC):
     args: Any
     accelerator: Any
     clock: Clock
+    health: Health
     model: Any
     recorder: Recorder | None
     row_selection: RowSelection | None
     state: Any
     train_dataset: Any
+    warn: Any
     _metrics: dict[str, Any]
     _total_train_tokens: Any
 
@@ -84,6 +88,7 @@ class SelectedRowsMixin(ABC):
             clock=self.clock,
             recorder=self.recorder,
             max_overhead=max_overhead,
+            warn=self.warn,
         )
 
     # -- a row -------------------------------------------------------------------------------------------------
@@ -128,6 +133,8 @@ class SelectedRowsMixin(ABC):
         assert self.row_selection is not None
         for _ in range(num_batches):
             next(epoch_iterator)
+        with self.clock("policy_update"):
+            settle(self.accelerator.device)  # the optimizer's last step is not the selection's cost
         with self.clock("select"):
             rows, signals = self.draw_candidates()
             some, step = signals.num_tokens > 0, self.state.global_step + 1
@@ -142,12 +149,12 @@ class SelectedRowsMixin(ABC):
                 step, rows.__getitem__, signals, some, notes, signals.ids.tolist()
             )
             self._log_figures(figures)
+            keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1]
+            self.health.chosen(int(some.sum()), keep, len(selection.indices), int(figures["rows_scored"]))
             return self._micro_batches(rows, signals, selection, num_batches)
 
     def draw_candidates(self) -> tuple[Rows, Signals]:
         """The next B rows of the data set, and what is known of them without the model; the same on every rank."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the optimizer's step is not the selection's cost
         ids = self.row_stream.draw(self.rows_read_per_step)
         columns = self._columns[ids.tolist()]
         rows: Rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
