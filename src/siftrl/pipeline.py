@@ -27,7 +27,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from siftrl import distributed, models, plugins, state
+from siftrl import distributed, models, origin, plugins, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
@@ -193,6 +193,7 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
         "report_to": "none",
         "bf16": not on_cpu,
+        "trust_remote_code": recipe.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,  # without it transformers takes a machine without a GPU for one process
     }
@@ -330,11 +331,10 @@ def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) 
         trainer.save_model(str(folder / "adapter"))
         distributed.barrier()
         if distributed.is_main():
-            from peft import AutoPeftModelForCausalLM
-
-            # merged from the base as it is stored: a quantised base would lose precision in the merge
-            merged = AutoPeftModelForCausalLM.from_pretrained(str(folder / "adapter"), dtype="auto")
-            merged.merge_and_unload().save_pretrained(str(folder))
+            assert model.path is not None
+            policy, kwargs = trainer.accelerator.unwrap_model(trainer.model), trainer.args.model_init_kwargs
+            merged = origin.merge_adapter(policy, model.path, folder / "adapter", model.dtype, kwargs)
+            merged.save_pretrained(str(folder))
     if distributed.is_main():
         tokenizer.save_pretrained(str(folder))
     distributed.barrier()

@@ -26,6 +26,7 @@ from trl.trainer.utils import RepeatSampler
 
 from siftrl import calibration, distributed, lengths, plugins, state, value
 from siftrl.batch_selection import Chain
+from siftrl.origin import loading_options, reference_loader
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
@@ -116,7 +117,11 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self._row_numbers: list[int] | None = None  # of this rank's completions under way, in the selection
         self.lengths = lengths.ExpectedLength()
         self._train_sampler: EpochRepeatSampler | None = None
-        with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
+        load = reference_loader(grpo_trainer.create_model_from_path, model)
+        with (
+            replaced(grpo_trainer, "VLLMGeneration", self._build_vllm),
+            replaced(grpo_trainer, "create_model_from_path", load),
+        ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder)
         selects = prompt_selector is not None or bool(self.chain)
@@ -133,7 +138,11 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
         kwargs["max_num_seqs"] = self._rows_per_rank * kwargs["tensor_parallel_size"]  # rolled out, not trained on
-        return ColocatedVLLM(engine_args={"dtype": dtype} | self.rollout.engine_args, **kwargs)
+        source = loading_options(kwargs["model"], kwargs["model"].name_or_path, self.args.model_init_kwargs)
+        theirs = {"dtype": dtype, "trust_remote_code": source["trust_remote_code"]}
+        if "revision" in source:  # of the configuration and the tokenizer, too
+            theirs |= {"revision": source["revision"], "tokenizer_revision": source["revision"]}
+        return ColocatedVLLM(engine_args=theirs | self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
         if dataclasses.is_dataclass(selector):
@@ -146,7 +155,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.selection_generator = torch.Generator().manual_seed(self.args.seed + 1)
         if "value" in selector.needs:
             config = getattr(selector, "value", None) or value.ValueConfig()
-            self.value_model = value.build(config, self.model, self._tokenizer, self.accelerator.device)
+            device, kwargs = self.accelerator.device, self.args.model_init_kwargs
+            self.value_model = value.build(config, self.model, self._tokenizer, device, kwargs)
         self.prompt_stream.draw(selector.num_candidates(self._prompts_per_step))  # too few rows: say so now
         self.prompt_stream = state.PromptStream(len(self.train_dataset), self.args.seed)
 

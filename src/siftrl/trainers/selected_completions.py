@@ -124,6 +124,7 @@ class SelectedCompletionsMixin:
             names=parts,
             row_losses=self._row_losses,
             temperature=self.temperature,
+            init_kwargs=self.args.model_init_kwargs,
         )
         self.row_selection = RowSelection(
             self.chain,
