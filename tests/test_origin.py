@@ -103,8 +103,10 @@ def test_colocated_vllm_reads_the_policys_commit(hub: str, monkeypatch: pytest.M
     trainer = object.__new__(GRPOTrainer)
     trainer.args, trainer._rows_per_rank = SimpleNamespace(model_init_kwargs={"trust_remote_code": True}), 8
     trainer.rollout = SimpleNamespace(engine_args={})
-    accelerator = SimpleNamespace(mixed_precision="no")
-    GRPOTrainer._build_vllm(trainer, model=policy, accelerator=accelerator, tensor_parallel_size=1)
+    accelerator, trainer.eos_token_ids = SimpleNamespace(mixed_precision="no"), [1, 5]
+    asked = {"generation_kwargs": {"stop_token_ids": [7], "min_tokens": 2}, "tensor_parallel_size": 1}
+    GRPOTrainer._build_vllm(trainer, model=policy, accelerator=accelerator, **asked)
+    assert built["generation_kwargs"] == {"stop_token_ids": [1, 5, 7], "min_tokens": 2}
     assert built["engine_args"] == {
         "dtype": "float32",
         "trust_remote_code": True,

@@ -27,7 +27,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from siftrl import distributed, models, origin, plugins, state
+from siftrl import distributed, end_tokens, models, origin, plugins, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
@@ -133,6 +133,7 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
         )
+    _settle_turn_end(stage, trainer, tokenizer, data)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
@@ -291,6 +292,24 @@ def _row_trainer(
         recorder=recorder,
         **selection,
     )
+
+
+def _settle_turn_end(stage: AnyStage, trainer: Any, tokenizer: Any, data: DataSplits) -> None:
+    """A model that learns conversations gets the end token that its chat template ends an assistant's turn with."""
+    if isinstance(data.train[0]["prompt"], str):
+        return
+    if not isinstance(stage, GRPOStage):
+        if (why := end_tokens.stop_at_turn_end(trainer.model, tokenizer)) and distributed.is_main():
+            logger.warning("stage %s: the model learns no token that ends its turns: %s", stage.name, why)
+        return
+    token = end_tokens.turn_end(tokenizer)
+    if isinstance(token, int) and token not in trainer.eos_token_ids and distributed.is_main():
+        logger.warning(
+            "stage %s: completions do not stop at %s, which ends an assistant's turn in the chat template: it is not "
+            "in eos_token_id of the model's generation_config.json; add it there, or train the model by chat SFT first",
+            stage.name,
+            tokenizer.convert_ids_to_tokens(token),
+        )
 
 
 def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:

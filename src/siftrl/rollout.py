@@ -31,6 +31,8 @@ from transformers import (
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 
+from siftrl.end_tokens import end_tokens, without_generation_config
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -79,7 +81,12 @@ class Completions:
 
 
 class Engine(Protocol):
-    """Draws one completion for each prompt. A prompt that is wanted G times is given G times."""
+    """Draws one completion for each prompt. A prompt that is wanted G times is given G times.
+
+    eos_ids: tokens that end a completion.
+    """
+
+    eos_ids: list[int]
 
     def generate(
         self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
@@ -145,8 +152,9 @@ class TransformersEngine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int] | None = None
     ) -> None:
+        """eos_ids: tokens that end a completion; None: the tokenizer's, and those that the model declares."""
         self.model, self.tokenizer = model, tokenizer
-        self.eos_ids = eos_ids or [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+        self.eos_ids = eos_ids or end_tokens(model.generation_config, tokenizer)
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
@@ -175,9 +183,10 @@ class TransformersEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            rows = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-            )
+            with without_generation_config(self.model):
+                rows = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+                )
         finally:
             self.model.train(was_training)
         return Completions(
@@ -225,6 +234,8 @@ class VLLMEngine:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        declared = llm.llm_engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+        self.eos_ids = end_tokens(GenerationConfig(eos_token_id=declared), llm.get_tokenizer())  # type: ignore[arg-type]
 
     @classmethod
     def from_path(cls, path: str, **engine_args: Any) -> VLLMEngine:
@@ -329,8 +340,8 @@ def free_memory() -> None:
 class TrainerVLLM:
     """The trainer's own vLLM as an `Engine`, for evaluation and rollouts of text prompts."""
 
-    def __init__(self, generation: VLLMGeneration) -> None:
-        self.generation = generation
+    def __init__(self, generation: VLLMGeneration, eos_ids: list[int]) -> None:
+        self.generation, self.eos_ids = generation, eos_ids
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
         if isinstance(self.generation, ColocatedVLLM) and self.generation.mode == "colocate":

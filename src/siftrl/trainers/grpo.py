@@ -138,6 +138,9 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
         kwargs["max_num_seqs"] = self._rows_per_rank * kwargs["tensor_parallel_size"]  # rolled out, not trained on
+        asked = kwargs["generation_kwargs"] or {}
+        stops = dict.fromkeys([*self.eos_token_ids, *asked.get("stop_token_ids", [])])  # those of both engines
+        kwargs["generation_kwargs"] = asked | {"stop_token_ids": list(stops)}
         source = loading_options(kwargs["model"], kwargs["model"].name_or_path, self.args.model_init_kwargs)
         theirs = {"dtype": dtype, "trust_remote_code": source["trust_remote_code"]}
         if "revision" in source:  # of the configuration and the tokenizer, too

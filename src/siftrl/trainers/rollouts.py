@@ -13,6 +13,7 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from siftrl import distributed, lengths
+from siftrl.end_tokens import without_generation_config
 from siftrl.evaluate import evaluate, summarise
 from siftrl.rollout import (
     Completions,
@@ -69,7 +70,7 @@ class RolloutsMixin:
         if self.use_vllm:
             self._sync_engine()
             with self.vllm_generation.awake() if self.vllm_mode == "colocate" else nullcontext():
-                yield TrainerVLLM(self.vllm_generation)
+                yield TrainerVLLM(self.vllm_generation, list(self.eos_token_ids))
             return
         with (
             unwrap_model_for_generation(
@@ -109,11 +110,12 @@ class RolloutsMixin:
             if seeded:
                 made = self._generate_seeded(prompt_ids)
             else:
-                made = Completions(
-                    *super()._generate_single_turn(  # type: ignore[misc]
-                        prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                with without_generation_config(self.model):
+                    made = Completions(
+                        *super()._generate_single_turn(  # type: ignore[misc]
+                            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                        )
                     )
-                )
         self._turn += 1
         if self.model.training:
             self._count(prompt_ids, made)
@@ -174,7 +176,7 @@ class RolloutsMixin:
         prompt = self._tokenize_prompts([first["prompt"]])[0][0]
         # the engine's log-probabilities are of the distribution it draws from, so no top-p or top-k here
         sampling = Sampling(num_tokens, self.temperature or 1.0)
-        answer = TrainerVLLM(self.vllm_generation).generate([prompt], sampling, [self.state.global_step])
+        answer = TrainerVLLM(self.vllm_generation, list(self.eos_token_ids)).generate([prompt], sampling, [self.state.global_step])
         tokens, theirs = answer.ids[0], answer.logprobs
         assert theirs is not None
         ids = torch.tensor([prompt + tokens], device=self.accelerator.device)
