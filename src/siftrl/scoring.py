@@ -67,9 +67,7 @@ class Scorer:
         self.gradients = [signal for signal in self.needs if isinstance(signal, ValueGradient)]
         self.backward = any(signal.estimate == "exact" for signal in self.gradients)
         references = [signal.model for signal in self.needs if isinstance(signal, ReferenceLoss)]
-        self.references = {
-            path: Reference(path, model, device, temperature, init_kwargs) for path in references
-        }
+        self.references = {path: Reference(path, model, device, temperature, init_kwargs) for path in references}
         self.seed = 0  # of this pass's random directions
         self.shapes: dict[int, tuple[int, int]] = {}  # site -> its matrix's shape, known once it has run
         self._parts: Parts | None = None

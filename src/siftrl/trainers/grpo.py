@@ -26,6 +26,7 @@ from trl.trainer.utils import RepeatSampler
 
 from siftrl import calibration, distributed, lengths, plugins, state, value
 from siftrl.batch_selection import Chain
+from siftrl.generation_rules import check_generation, logprobs_mode
 from siftrl.origin import loading_options, reference_loader
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
@@ -110,6 +111,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.prompt_selector = prompt_selector
         wanted = args or GRPOConfig()
         args = self._plan_rows(wanted, batch_selector, keep, skip_zero_advantage)
+        selects = prompt_selector is not None or bool(self.chain)
+        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
+        check_generation(vars(wanted), seeded=self.seeded)
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if selects and kwargs.get(name):
+                raise ValueError(
+                    f"{name} does not work with prompt_selector or batch_selector: completions of several turns are "
+                    "neither seeded nor compared yet; remove the selectors, or it"
+                )
         self.rollouts = 0  # completions generated for training, over all ranks
         self.generated_tokens = 0  # their tokens
         self._turn = 0  # calls of the engine so far: part of each completion's seed
@@ -124,8 +134,6 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder)
-        selects = prompt_selector is not None or bool(self.chain)
-        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)
@@ -142,7 +150,11 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         stops = dict.fromkeys([*self.eos_token_ids, *asked.get("stop_token_ids", [])])  # those of both engines
         kwargs["generation_kwargs"] = asked | {"stop_token_ids": list(stops)}
         source = loading_options(kwargs["model"], kwargs["model"].name_or_path, self.args.model_init_kwargs)
-        theirs = {"dtype": dtype, "trust_remote_code": source["trust_remote_code"]}
+        theirs = {
+            "dtype": dtype,
+            "logprobs_mode": logprobs_mode(vars(self.args)),
+            "trust_remote_code": source["trust_remote_code"],
+        }
         if "revision" in source:  # of the configuration and the tokenizer, too
             theirs |= {"revision": source["revision"], "tokenizer_revision": source["revision"]}
         return ColocatedVLLM(engine_args=theirs | self.rollout.engine_args, **kwargs)
