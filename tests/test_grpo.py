@@ -309,9 +309,15 @@ def test_a_trainer_that_is_done_leaves_no_engine_and_no_model_in_memory(
     tiny_model: str, sums: Any, tmp_path: Path
 ) -> None:
     def train() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
-        args = grpo_args(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, max_steps=1)
+        args = grpo_args(
+            tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, max_steps=1, top_p=0.5
+        )
         trainer = GRPOTrainer(model=tiny_model, reward_funcs=digit_share, args=args, train_dataset=sums)
         trainer.train()
+        figures = trainer.state.log_history[0]  # of half of the distribution, and its probabilities are the whole one's
+        for name in ("min", "mean", "max"):
+            assert figures[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-3)
+        assert figures["sampling/masked"] == 0
         return weakref.ref(trainer.vllm_generation.llm), weakref.ref(trainer.model)
 
     engine, model = train()

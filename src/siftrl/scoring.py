@@ -21,7 +21,7 @@ from siftrl import distributed, logits
 from siftrl.gradients import Perturbed, RowGradient, RowGradients, direction, factored
 from siftrl.origin import loading_options, whole_model
 from siftrl.parts import BY_STRUCTURE, PartNames, Parts, evaluation_mode, find_parts
-from siftrl.signals import Embedding, ReferenceLoss, Signal, ValueGradient
+from siftrl.signals import Embedding, LossWeight, ReferenceLoss, Signal, ValueGradient
 
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
@@ -39,6 +39,7 @@ class Scorer:
         precision: the context that training computes its loss in (autocast).
         names: where the model's parts are, if its structure does not tell.
         row_losses: the loss whose gradient a row stands for, float32 [B]; None: the mean over its tokens.
+        row_weights: what the loss multiplies each row by, float32 [B], measured as `LossWeight`; None: all the same.
         temperature: what the loss divides the logits by, as TRL's GRPO does.
         init_kwargs: what the model was loaded with, for reference models (`siftrl.origin.loading_options`).
     """
@@ -54,11 +55,13 @@ class Scorer:
         precision: Callable[[], AbstractContextManager[Any]],
         names: PartNames = BY_STRUCTURE,
         row_losses: Callable[[ScoredBatch], Tensor] | None = None,
+        row_weights: Callable[[ScoredBatch], Tensor] | None = None,
         temperature: float = 1.0,
         init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.temperature = temperature
-        self.row_losses = row_losses or mean_losses
+        self.row_losses, self.row_weights = row_losses or mean_losses, row_weights
+        needs = [*needs, *([LossWeight()] if row_weights is not None else [])]
         self.model, self.collate = model, collate
         self.needs = sorted(needs, key=repr)  # one order on all ranks: what follows are collectives
         self.micro_batch_size, self.device, self.precision = micro_batch_size, device, precision

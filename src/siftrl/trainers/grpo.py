@@ -24,7 +24,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from siftrl import calibration, distributed, lengths, plugins, state, value
+from siftrl import calibration, distributed, lengths, plugins, policy, state, value
 from siftrl.batch_selection import Chain
 from siftrl.generation_rules import check_generation, logprobs_mode
 from siftrl.origin import loading_options, reference_loader
@@ -225,6 +225,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self._kept = self._keep_completions(batch)
             for micro_batch in self._kept:
                 self._add_log_probs(micro_batch)
+        elif "importance_sampling_ratio" in batch:
+            self._log_masked(batch["importance_sampling_ratio"], policy.loss_mask(batch))
         return batch
 
     def _roll_out(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
