@@ -27,7 +27,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from siftrl import distributed, end_tokens, models, origin, plugins, state
+from siftrl import distributed, end_tokens, models, origin, plugins, precision, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
@@ -56,6 +56,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     folder = recipe.run_folder
+    if torch.backends.mps.is_available():
+        logger.warning("Apple's GPU (MPS) is not used: siftrl runs on CUDA GPUs and on CPUs, here on the CPU")
     transformers_logging.disable_progress_bar()  # one bar a stage is enough; downloads keep theirs
     datasets.disable_progress_bars()
     distributed.open_group(deepspeed=recipe.distribution.deepspeed is not None)
@@ -134,6 +136,8 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
         )
     _settle_turn_end(stage, trainer, tokenizer, data)
+    if model.quantize is not None and not trainer.is_deepspeed_enabled:
+        precision.adapters_in_float32(trainer.model)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
@@ -193,7 +197,6 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         "save_total_limit": recipe.checkpoint.keep,
         "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
         "report_to": "none",
-        "bf16": not on_cpu,
         "trust_remote_code": recipe.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,  # without it transformers takes a machine without a GPU for one process
@@ -228,7 +231,8 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
                 "vllm_server_base_url": rollout.server_url,
                 "vllm_server_timeout": rollout.server_timeout,
             }
-    return options | stage.trainer
+    asked = precision.mixed_precision(stage.trainer, gpu=not on_cpu, gpu_has_bfloat16=precision.gpu_has_bfloat16())
+    return options | stage.trainer | asked
 
 
 def _grpo_trainer(

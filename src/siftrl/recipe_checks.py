@@ -66,12 +66,28 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
     if recipe.distribution.deepspeed is not None:
         need("deepspeed", "distribution", "deepspeed")
         deepspeed_config(recipe)
+    _check_precision(recipe)
     _check_names(recipe)
     if recipe.data:
         _check_data(recipe.data, ("data",), need)
     _check_rewards(recipe.rewards, ("rewards",), need)
     for index, stage in enumerate(recipe.stages):
         _check_stage(recipe, stage, ("stages", index), world_size, need)
+
+
+def _check_precision(recipe: Recipe) -> None:
+    """Weights that are trained in 16 bits need float32 copies of them, which DeepSpeed keeps."""
+    dtype = recipe.model.dtype
+    if dtype not in ("bfloat16", "float16") or recipe.model.lora is not None:
+        return
+    settings = deepspeed_config(recipe) or {}
+    if any(settings.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
+        return
+    problem = f"weights trained in {dtype} lose an update of less than 1/256 of a weight; remove it (weights are then"
+    cure = (
+        "held in float32, and a GPU computes in bfloat16 all the same), or write `lora` or a `distribution.deepspeed`"
+    )
+    raise RecipeError(f"{problem} {cure} with bf16", "model", "dtype")
 
 
 def require_installed(package: str, *key: str | int) -> None:
