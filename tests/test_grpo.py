@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,11 @@ def test_colocated_vllm_gets_every_weight_and_the_probe_sees_stale_ones(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         trainer.vllm_generation.sync_weights()
         assert trainer.probe_engine() < 1e-4, name
+    trainer.vllm_generation.structured_outputs_regex = "[5-7]{3}"  # seeded rollouts obey it, the probe does not
+    seeded = trainer._generate_seeded(trainer._tokenize_prompts(["1+1=", "2+3="])[0])
+    texts = trainer.processing_class.batch_decode(seeded.ids, skip_special_tokens=True)
+    assert all(re.fullmatch("[5-7]{3}", text) for text in texts), texts
+    assert trainer.probe_engine() < 1e-4
     trainer.vllm_generation.sync_weights = lambda: None  # weights that never arrive
     with torch.no_grad():
         for parameter in trainer.model.parameters():

@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 from siftrl import distributed, logits
 from siftrl.gradients import Perturbed, RowGradient, RowGradients, direction, factored
 from siftrl.origin import loading_options, whole_model
-from siftrl.parts import BY_STRUCTURE, PartNames, Parts, evaluation_mode, find_parts
+from siftrl.parts import BY_STRUCTURE, PartNames, Parts, check_adapters, evaluation_mode, find_parts
 from siftrl.signals import Embedding, LossWeight, ReferenceLoss, Signal, ValueGradient
 
 Rows = list[dict[str, Any]]
@@ -62,8 +62,11 @@ class Scorer:
         self.temperature = temperature
         self.row_losses, self.row_weights = row_losses or mean_losses, row_weights
         needs = [*needs, *([LossWeight()] if row_weights is not None else [])]
-        self.model, self.collate = model, collate
         self.needs = sorted(needs, key=repr)  # one order on all ranks: what follows are collectives
+        self.model, self.collate = model, collate
+        if self.needs:
+            names_of_needs = ", ".join(type(signal).__name__ for signal in self.needs)
+            check_adapters(model, f"a batch_selector reads signals of the model ({names_of_needs})")
         self.micro_batch_size, self.device, self.precision = micro_batch_size, device, precision
         self.names = names
         self.takes_output = any(signal.takes_output for signal in self.needs)

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from siftrl import distributed
 from siftrl.fields import Count, NonNegative, Positive
 from siftrl.origin import loading_options, whole, whole_model
+from siftrl.parts import check_adapters
 from siftrl.types import Prediction
 
 HiddenStates = Callable[[Tensor, Tensor], Tensor]
@@ -216,6 +217,7 @@ def build(
                 "prompt_selector.value: `body: policy` trains a head on the policy's own hidden state; `train: lora` "
                 "and `model` need `body: own`"
             )
+        check_adapters(policy, "`body: policy` of a value model reads the policy's hidden states")
         return ValueModel(config, tokenizer, hidden_size, None, device)
     # bfloat16 would round away an update of less than 1/256 of a weight
     dtype = torch.float32 if config.train == "full" else getattr(torch, config.dtype)

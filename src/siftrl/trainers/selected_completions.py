@@ -114,16 +114,17 @@ class SelectedCompletionsMixin:
         self._sources, self._source_sizes = sources_of(self.train_dataset, source_column)
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), "grpo")
+        needs = batch_selection.needs_of(self.chain)
         scorer = Scorer(
             self.model,
-            batch_selection.needs_of(self.chain),
+            needs,
             lambda rows: policy.collate(rows, self._tokenizer.pad_token_id),
             micro_batch_size=scoring_batch_size,
             device=self.accelerator.device,
             precision=self.accelerator.autocast,
             names=parts,
             row_losses=self._row_losses,
-            row_weights=self._row_weights if self._masks_rows else None,
+            row_weights=self._row_weights if self._masks_rows and needs else None,
             temperature=self.temperature,
             init_kwargs=self.args.model_init_kwargs,
         )
