@@ -195,7 +195,7 @@ def evaluate(
             {name: cells[name] for name in columns},
             [ids[job] for job in batch],
         )
-    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in ids]
+    ended = [bool(row) and row[-1] in engine.eos_ids for row in ids]
     shape = (len(prompts), samples)
     lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
     return EvalReport(

@@ -24,8 +24,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from siftrl import calibration, distributed, lengths, plugins, state, value
+from siftrl import calibration, distributed, lengths, plugins, policy, state, value
 from siftrl.batch_selection import Chain
+from siftrl.generation_rules import check_generation, logprobs_mode
+from siftrl.origin import loading_options, reference_loader
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.reward_guard import RewardError, check_finite, load_reward_states, reward_states
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
@@ -113,6 +115,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.prompt_selector = prompt_selector
         wanted = args or GRPOConfig()
         args = self._plan_rows(wanted, batch_selector, keep, skip_zero_advantage)
+        selects = prompt_selector is not None or bool(self.chain)
+        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
+        check_generation(vars(wanted), seeded=self.seeded)
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if selects and kwargs.get(name):
+                raise ValueError(
+                    f"{name} does not work with prompt_selector or batch_selector: completions of several turns are "
+                    "neither seeded nor compared yet; remove the selectors, or it"
+                )
         self.rollouts = 0  # completions generated for training, over all ranks
         self.generated_tokens = 0  # their tokens
         self._turn = 0  # calls of the engine so far: part of each completion's seed
@@ -120,13 +131,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self._row_numbers: list[int] | None = None  # of this rank's completions under way, in the selection
         self.lengths = lengths.ExpectedLength()
         self._train_sampler: EpochRepeatSampler | None = None
-        with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
+        load = reference_loader(grpo_trainer.create_model_from_path, model)
+        with (
+            replaced(grpo_trainer, "VLLMGeneration", self._build_vllm),
+            replaced(grpo_trainer, "create_model_from_path", load),
+        ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder, halt_on_no_signal)
         if batch_selector is not None and not self.chain:
             self.warn("batch_selector keeps all completions, so none is chosen: lower `keep`, or leave it out")
-        selects = prompt_selector is not None or bool(self.chain)
-        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)
@@ -139,7 +152,18 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
         kwargs["max_num_seqs"] = self._rows_per_rank * kwargs["tensor_parallel_size"]  # rolled out, not trained on
-        return ColocatedVLLM(engine_args={"dtype": dtype} | self.rollout.engine_args, **kwargs)
+        asked = kwargs["generation_kwargs"] or {}
+        stops = dict.fromkeys([*self.eos_token_ids, *asked.get("stop_token_ids", [])])  # those of both engines
+        kwargs["generation_kwargs"] = asked | {"stop_token_ids": list(stops)}
+        source = loading_options(kwargs["model"], kwargs["model"].name_or_path, self.args.model_init_kwargs)
+        theirs = {
+            "dtype": dtype,
+            "logprobs_mode": logprobs_mode(vars(self.args)),
+            "trust_remote_code": source["trust_remote_code"],
+        }
+        if "revision" in source:  # of the configuration and the tokenizer, too
+            theirs |= {"revision": source["revision"], "tokenizer_revision": source["revision"]}
+        return ColocatedVLLM(engine_args=theirs | self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
         if dataclasses.is_dataclass(selector):
@@ -152,7 +176,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.selection_generator = torch.Generator().manual_seed(self.args.seed + 1)
         if "value" in selector.needs:
             config = getattr(selector, "value", None) or value.ValueConfig()
-            self.value_model = value.build(config, self.model, self._tokenizer, self.accelerator.device)
+            device, kwargs = self.accelerator.device, self.args.model_init_kwargs
+            self.value_model = value.build(config, self.model, self._tokenizer, device, kwargs)
         self.prompt_stream.draw(selector.num_candidates(self._prompts_per_step))  # too few rows: say so now
         self.prompt_stream = state.PromptStream(len(self.train_dataset), self.args.seed)
 
@@ -206,6 +231,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self._kept = self._keep_completions(batch)
             for micro_batch in self._kept:
                 self._add_log_probs(micro_batch)
+        elif "importance_sampling_ratio" in batch:
+            self._log_masked(batch["importance_sampling_ratio"], policy.loss_mask(batch))
         return batch
 
     def _roll_out(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
