@@ -29,6 +29,7 @@ from siftrl.batch_selection import Chain
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
+from siftrl.selection_checks import check_accepted, check_selection
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
 from siftrl.trainers.rollouts import RolloutsMixin
@@ -171,6 +172,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             prediction = self.value_model.predict(self._value_tokens(drawn), self._policy_hidden())
         candidates = Candidates(ids, drawn, prediction)
         selection = self.prompt_selector.propose(candidates, keep, self.selection_generator)
+        check_selection(selection, keep, len(candidates), self.prompt_selector, "prompt", weighted=False)
         distributed.check_same(selection.indices, f"the prompts of step {self.state.global_step + 1}")
         return candidates, selection
 
@@ -292,7 +294,10 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
-        return batch, self.prompt_selector.accept(rewards)[order]
+        accepted = self.prompt_selector.accept(rewards)
+        check_accepted(accepted, len(rewards), self.prompt_selector)
+        distributed.check_same(accepted.long(), f"the groups that are accepted in step {self.state.global_step + 1}")
+        return batch, accepted[order]
 
     def _deal_prompts(self, candidates: Candidates, selection: Selection) -> Tensor:
         """int64 [P]: the chosen prompts' places in the selection, rank by rank, so that ranks finish together; on each
