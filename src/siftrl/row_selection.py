@@ -26,7 +26,8 @@ Figures = dict[str, float]
 
 
 class RowSelection:
-    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same.
+    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same,
+    which the trainer checks of what it trains on (`distributed.check_same`).
 
     Args:
         chain: the selectors with what each keeps; empty: all rows that may be chosen are.
@@ -104,7 +105,6 @@ class RowSelection:
         if usable.any():
             selection = batch_selection.choose(self.chain, signals, usable, self.generator, score, limit)
         selection = complete(selection) if complete is not None else selection
-        distributed.check_same(selection.indices, f"the rows of step {step}")
         self._scored_last = int(scored.sum())
         self.rows_scored += self._scored_last
         figures = self._account(signals, selection, scored, finite)

@@ -32,6 +32,7 @@ from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.reward_guard import RewardError, check_finite, load_reward_states, reward_states
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
+from siftrl.selection_checks import check_accepted, check_selection
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
 from siftrl.trainers.rollouts import RolloutsMixin
@@ -197,6 +198,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             prediction = self.value_model.predict(self._value_tokens(drawn), self._policy_hidden())
         candidates = Candidates(ids, drawn, prediction)
         selection = self.prompt_selector.propose(candidates, keep, self.selection_generator)
+        check_selection(selection, keep, len(candidates), self.prompt_selector, "prompt", weighted=False)
         distributed.check_same(selection.indices, f"the prompts of step {self.state.global_step + 1}")
         return candidates, selection
 
@@ -320,7 +322,10 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
-        return batch, self.prompt_selector.accept(rewards)[order]
+        accepted = self.prompt_selector.accept(rewards)
+        check_accepted(accepted, len(rewards), self.prompt_selector)
+        distributed.check_same(accepted.long(), f"the groups that are accepted in step {self.state.global_step + 1}")
+        return batch, accepted[order]
 
     def _deal_prompts(self, candidates: Candidates, selection: Selection) -> Tensor:
         """int64 [P]: the chosen prompts' places in the selection, rank by rank, so that ranks finish together; on each

@@ -184,6 +184,7 @@ class SelectedCompletionsMixin:
                 complete=None if self._skips else fill,
             )
             whole = fill(selection)
+            distributed.check_same(whole.indices, f"the rows of step {step}", whole.weights)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
