@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -68,7 +69,12 @@ class MathVerify:
     def _is_right(self, gold: Answer, text: str) -> bool:
         found_in = text if self.tag is None else tagged(text, self.tag)
         found = None if found_in is None else final_answer(found_in, boxed_only=self.boxed_only)
-        return found is not None and same_answer(gold, found)
+        if found is None:
+            return False
+        # one answer in two forms: 3/4, or 75%
+        forms = [read_answer(form) for form in re.split(r",? or ", found.latex)]
+        said_again = len(forms) > 1 and all(form is not None and same_answer(gold, form) for form in forms)
+        return said_again or same_answer(gold, found)
 
 
 def same_answer(gold: Answer, found: Answer) -> bool:

@@ -57,6 +57,10 @@ WHOLE = [  # gold, the same answer, another answer (mostly a number inside the g
     ("3:4", "3/4", "3"),
     ("3:30 p.m.", "3:30 PM", "3:30 AM"),
     ("15:30", "3:30 pm", "3:30 am"),
+    ("7 a.m.", "7:00 am", "7:00 pm"),
+    ("3:30 hours", "3:30", "3"),
+    ("12 sec", "12 seconds", "1"),
+    ("Justin", "Justin", "in"),
     ("7:50", "7:50", "7"),
     ("x = 5", "5", "x = 4"),
     (r"x = 2 \text{ or } x = -2", "-2, 2", "2"),
@@ -211,6 +215,26 @@ LAST = [  # every completion's answer is 12, and none is 5, 3 or 15
         "24/2",
     ),
 ]
+SENTENCES = [  # text, its answer
+    (r"Therefore, Janet makes $\$18$ every day.", "18"),
+    ("Janet makes 9 * 2 = $<<9*2=18>>18 every day.", "18"),
+    (r"Thus, $16 - 3 - 4 = 9$ eggs, and $9 \times 2 = \$18$.", "18"),
+    ("Total cost = $5 + $13 = $18", "18"),
+    ("Sum = 1 + 2 + 3 + ... + 10 = 55", "55"),
+    ("### Final Answer\n\n**18**\n", "18"),
+    ("The answer: 18 (since 9 * 2 + 1 = 19)", "18"),
+    ("So the answer, 18, is correct.", "18"),
+    ("The correct answer is (B) 18.", "18"),
+    ("The answer is 18 dollars and 5 cents.", "18.05"),
+    (r"The answer is $\frac{3}{4}$, or 0.75.", "3/4"),
+    ("The answer is 3/4 or 75%", "0.75"),
+    (r"$P = \frac{1}{6} \approx 0.167$", "1/6"),
+    ("The solutions are $x = 2$ and $x = 3$.", "2, 3"),
+    ("I think it's 18", "18"),
+    ("He has -5 degrees", "-5"),
+    ("The length is 18-inch", "18"),
+    ("Time: 2:30", "2:30"),
+]
 NONE = [  # no completion has the answer 12
     *("", " ", "<think>12", "<think>12</think>", "<think>\\boxed{12}", "I do not know", "...", "twelve", r"\boxed{12"),
     *(
@@ -243,6 +267,11 @@ NONE = [  # no completion has the answer 12
 @pytest.mark.parametrize("text", LAST)
 def test_the_last_answer_of_a_completion_counts(text: str) -> None:
     assert [verdict(text, gold) for gold in ("12", "5", "3", "15")] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("text", "gold"), SENTENCES)
+def test_answers_in_sentences(text: str, gold: str) -> None:
+    assert verdict(text, gold) == 1
 
 
 @pytest.mark.parametrize("text", NONE, ids=[repr(text[:30]) for text in NONE])
