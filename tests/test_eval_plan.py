@@ -84,8 +84,7 @@ def test_a_recipe_says_all_that_training_measures_with(home: Path) -> None:
         "repetition_penalty": 1.0,
     }
     assert (found.samples, found.batch_size, found.seed, found.engine) == (1, 64, 5, "transformers")
-    assert found.as_trained and found.bf16
-    assert not plan("my.yaml", "stages.grpo.trainer.bf16=false").bf16
+    assert found.stage == load_recipe("my.yaml").stages[1]
 
 
 def test_flags_and_overrides_go_before_the_recipe(home: Path) -> None:
@@ -181,7 +180,7 @@ def test_a_model_is_measured_by_flags(home: Path) -> None:
     assert (found.model.path, found.samples, found.sampling) == ("a-model", 1, {"max_tokens": 512, "temperature": 0.0})
     (measured,) = found.sets
     assert (measured.name, measured.data.path, measured.data.split) == ("rows.jsonl", "rows.jsonl", "test")
-    assert not measured.data.chat and not found.as_trained
+    assert not measured.data.chat and found.stage is None
     found = plan("a-model", "--data", "d", "--reward", "exact_match", "--samples", "8", "--k", "4, 1,8")
     assert (found.ks, found.sampling["temperature"]) == ([1, 4, 8], 1.0)
     found = plan("a-model", "model.revision=abc", "model.dtype=float32", "--data", "d", "--reward", "exact_match")

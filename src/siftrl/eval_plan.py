@@ -85,8 +85,8 @@ class Measured:
 class EvalPlan:
     """sampling: the fields of `siftrl.rollout.Sampling`. ks: which pass@k to report; []: the powers of 2.
 
-    as_trained: load the model as the trainer does, so that the figures are those that `siftrl train` prints; it then
-    computes in bfloat16 on GPUs, if `bf16`.
+    stage: the recipe's stage whose settings count. The model is then loaded as its trainer loads it, so that the
+    figures are those that `siftrl train` prints.
     """
 
     model: ModelConfig
@@ -98,8 +98,7 @@ class EvalPlan:
     seed: int
     engine: Literal["transformers", "vllm"]
     engine_args: dict[str, Any]
-    as_trained: bool
-    bf16: bool
+    stage: AnyStage | None
     out: Path | None
     json: str | None
 
@@ -184,8 +183,7 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
         seed=base.seed if args.seed is None else args.seed,
         engine=engine,
         engine_args=engine_args | _engine_args(args.engine_arg),
-        as_trained=stage is not None,
-        bf16=stage is not None and stage.trainer.get("bf16") is not False,
+        stage=stage,
         out=args.out,
         json=args.json,
     )
