@@ -140,6 +140,7 @@ def test_where_the_gold_stands_in_its_cell() -> None:
         assert load("reward", name)(["1007", "7", worked[-5:]], answer=[worked] * 3) == [1, 0, 1]
         given = load("reward", name, {"gold": "is (.*?) apples"})
         assert given(["5", "3", "5"], answer=["it is 3 apples, no, is 5 apples", 3, None]) == [1, None, None]
+        assert load("reward", name, {"gold": "#### (.*)"})(["6"], answer=["#### 5\n#### 6\n"]) == [1]
         with pytest.raises(ValueError, match="gold: .* no regular expression"):
             load("reward", name, {"gold": "("})
         for cell, kind in ((["5"], "a list"), ({"answer": 5}, "a mapping")):
