@@ -14,6 +14,7 @@ from siftrl.final_answer import boxed, final_answer
 from siftrl.reward_columns import column, compiled, completion_texts, gold_text, report_unread, tagged
 
 _MAX_DIGITS = 10_000
+_PLUS_MINUS = r"\pm"
 
 
 @dataclass
@@ -110,6 +111,8 @@ def _parsed(latex: str) -> Any:
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=as_is)
     # its own time limits use signal.alarm, which works in the main thread only
     found = parse(f"${latex}$", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
+    if not found and _PLUS_MINUS in latex:  # inside a fraction, say
+        return _parsed(f"{latex.replace(_PLUS_MINUS, '+')}, {latex.replace(_PLUS_MINUS, '-')}")
     return found[0] if found else None
 
 
@@ -121,8 +124,8 @@ def _are_far_apart(wanted: Any, answer: Any) -> bool:
         isinstance(value, Expr) and value.is_number and not value.has(UnevaluatedExpr) for value in (wanted, answer)
     ):
         return False  # UnevaluatedExpr: a percentage, which has two values
-    difference = abs((wanted - answer).evalf(15))
-    return bool(difference.is_Float and difference > 1e-4)
+    difference, size = abs((wanted - answer).evalf(15)), abs(wanted.evalf(15))
+    return bool(difference.is_Float and size.is_Float and difference > 1e-4 * max(1, size))
 
 
 def _is_computable(expression: Any) -> bool:
