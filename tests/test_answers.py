@@ -67,7 +67,10 @@ WHOLE = [  # gold, the same answer, another answer (mostly a number inside the g
     ("y = 2x + 3", "2x+3", "3"),
     (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", "2/3"),
     (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", "1"),
-    ("5!", "120", "5"),
+    (r"\frac{3 \pm \sqrt{5}}{2}", r"\frac{3+\sqrt{5}}{2}, \frac{3-\sqrt{5}}{2}", "3"),
+    (r"\log_2 3", r"\log_{2} 3", "3"),
+    ("2^{2004}", "4^{1002}", "2^{2003}"),
+    ("5!", "5 * 4!", "5"),
     (r"\text{Evelyn}", "Evelyn", "E"),
     ("They are equal", "they are equal.", "equal"),
     (r"\text{(C)}", "C", "D"),
@@ -140,6 +143,7 @@ def test_where_the_gold_stands_in_its_cell() -> None:
         assert load("reward", name)(["1007", "7", worked[-5:]], answer=[worked] * 3) == [1, 0, 1]
         given = load("reward", name, {"gold": "is (.*?) apples"})
         assert given(["5", "3", "5"], answer=["it is 3 apples, no, is 5 apples", 3, None]) == [1, None, None]
+        assert load("reward", name, {"gold": "#### (.*)"})(["6"], answer=["#### 5\n#### 6\n"]) == [1]
         with pytest.raises(ValueError, match="gold: .* no regular expression"):
             load("reward", name, {"gold": "("})
         for cell, kind in ((["5"], "a list"), ({"answer": 5}, "a mapping")):

@@ -227,7 +227,7 @@ _PROSE = re.compile(
     r"|(?<![^\s(])(?<![=+*/<>-] )[^\W\d_]{3}(?!\s*(?:[=+*/^<>]|-(?!\d)))(?![^\s.,)]))"
 )
 _DROPPED = re.compile(r"\\(?:l|c|v|d)?dots|\.\.|\\[pb]?mod|…|\?|[–—]|\d\s*_")  # the library leaves these out
-_TWO_NUMBERS = re.compile(rf"\d\s*(?:\b(?:{_SHORT_UNITS}|[smhgl]))?\s+[\d.]|\d(?:{_SHORT_UNITS})\s*\d")
+_TWO_NUMBERS = re.compile(rf"(?<!_)\d\s*(?:\b(?:{_SHORT_UNITS}|[smhgl]))?\s+[\d.]|\d(?:{_SHORT_UNITS})\s*\d")
 _LARGE_BINOMIAL = re.compile(r"\\[dt]?binom.*(?:\d{5}|\^|!)")
 
 
