@@ -314,7 +314,7 @@ def _columns_read(rows: Dataset, data: DataConfig, kind: Kind) -> list[str]:
     else:
         wanted = [data.prompt or "prompt"]
     wanted += [getattr(data, name) or name for name in COMPLETIONS[kind]]
-    return [name for name in dict.fromkeys(wanted) if name in rows.column_names]
+    return [name for name in dict.fromkeys(wanted) if name in rows.column_names] or rows.column_names[:1]
 
 
 def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
