@@ -39,7 +39,7 @@ RECIPE: dict[str, Any] = {
             "name": "warmup",
             "rows_per_step": 16,
             "micro_batch_size": 16,
-            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False},
+            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False, "max_length": 6},
         },
         {
             "kind": "grpo",
@@ -82,7 +82,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = siftrl("train", write_recipe(folder), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "held-out reward" in done.stdout
+    assert "held-out reward" in done.stdout and "cut to trainer.max_length" in done.stdout
     return folder / "runs" / "small"
 
 
@@ -90,6 +90,7 @@ def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     warmup, grpo = summary["stages"]
     assert (warmup["name"], warmup["kind"], grpo["name"], grpo["kind"]) == ("warmup", "sft", "grpo", "grpo")
+    assert 0 < warmup["data"]["cut"] < warmup["data"]["rows"]  # sums of two digits lose their end token
     assert grpo["rollouts"] == 20 * 16 and 320 <= grpo["tokens"] <= 320 * 4
     assert 0 <= grpo["eval"]["before"]["reward"] <= 1 and grpo["eval"]["after"]["rows"] == 8
     parts = {"propose", "generate", "reward", "value_update", "policy_update", "weight_sync", "total"}
