@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from siftrl.models import character_tokenizer
 from siftrl.recipe import DataConfig
 
 TOKENIZER = character_tokenizer()
+FILES = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MIXED: list[dict[str, Any]] = [
     {"q": "a", "text": "43", "deep": {"a": 1}, "day": "2020-01-01", "yes": True, "big": 2**70, "number": 18},
     {"q": "b", "text": 43, "deep": {"b": [1, {"c": None}]}, "day": "x", "yes": None, "big": 1, "number": 2.5},
@@ -70,6 +72,14 @@ def test_changed_files_are_read_anew(tmp_path: Path) -> None:
     for number in (1, 2):
         assert load_rows(write(path, [{"a": number}]))["a"][:] == [number]
     assert len(list((tmp_path / "cache" / "siftrl").iterdir())) == 2  # and no half-written file
+
+
+def test_half_a_character_is_named_with_its_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n')
+    with pytest.raises(
+        ValueError, match="data.path: .*rows.jsonl: column 'a' holds half of a surrogate pair: '.ud83d'"
+    ):
+        load_rows(str(tmp_path / "rows.jsonl"))
 
 
 def test_rows_that_lack_a_column_have_none_there(tmp_path: Path) -> None:
@@ -128,6 +138,21 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\nq1,007\nq2,43.0\nq3,2020-01-01\n", encoding="utf-8-sig")
     rows = load_rows(str(tmp_path / "rows.csv"))
     assert rows["answer"][:] == ["007", "43.0", "2020-01-01"] and rows.column_names == ["question", "answer"]
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason=f"no real data in {FILES}; SIFTRL_TEST_DATA names another folder")
+def test_real_files_arrive_as_they_are() -> None:
+    """All cells of GSM8K, MAWPS, SVAMP and ASDiv; each folder by its splits."""
+    sizes = {("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("mawps", "test"): 2065}
+    for (name, split), size in (sizes | {("svamp", "test"): 1000, ("asdiv", "test"): 2215}).items():
+        rows = load_rows(str(FILES / name), split=split)
+        written = [json.loads(line) for line in (FILES / name / f"{split}.jsonl").read_text().splitlines()]
+        assert len(rows) == size and list(rows) == written
+    assert load_rows(str(FILES / "mawps"), split="test")["target"][:2] == [43, 26]
+    answers = load_rows(str(FILES / "svamp"), split="test")["Answer"][:]
+    assert all(isinstance(answer, int) for answer in answers)
+    with pytest.raises(ValueError, match="data.split: no file in .*mawps is named after the split 'train'"):
+        load_rows(str(FILES / "mawps"))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from siftrl.cells import read_dataset, whole, with_whole_numbers
@@ -265,7 +266,8 @@ def _shape(
         remove_columns=[column for column in ignored if column not in made],
         features=datasets.Features({**features, **dict.fromkeys(made, form)}),
         desc=f"Shaping {what}",
-        load_from_cache_file=False,  # a closure's hash is no safe key for a cache
+        load_from_cache_file=False,
+        new_fingerprint=Hasher.hash((rows._fingerprint, data.model_dump_json(), kind, what)),  # else the closure's hash
     )
     kept = [i for i, reason in enumerate(reasons) if not reason]
     dropped = dict(Counter(filter(None, reasons)))
