@@ -24,10 +24,9 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import TypedSequence
 from datasets.features.features import register_feature
 
-from siftrl.data_files import read_rows
+from siftrl.data_files import EXACT, read_rows, whole
 
 _ROWS_AT_ONCE = 10_000
-_EXACT = 2.0**53  # floats up to here hold whole numbers exactly
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ARROW: dict[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
 
@@ -71,11 +70,6 @@ with warnings.catch_warnings():  # that registering features is experimental
     register_feature(JsonCell, "SiftJsonCell")
 
 
-def whole(value: Any) -> Any:
-    """The cell, a whole float as the whole number that it is: 43.0 reads 43."""
-    return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT else value
-
-
 def read_dataset(files: list[Path]) -> Dataset:
     """The rows of .json, .jsonl and .csv files, in order; a column that a row lacks is None there.
 
@@ -109,7 +103,7 @@ def with_whole_numbers(rows: Dataset) -> Dataset:
         if feature not in (Value("float64"), Value("float32")):
             continue
         column = rows.with_format("arrow")[name][:] if len(rows) else pa.chunked_array([[]], "float64")
-        is_whole = pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), _EXACT))
+        is_whole = pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), EXACT))
         if pc.all(is_whole).as_py():
             rows = rows.cast_column(name, Value("int64"))
         elif pc.any(is_whole).as_py():

@@ -18,13 +18,13 @@ from datasets import Dataset, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from siftrl.cells import read_dataset, whole, with_whole_numbers
-from siftrl.data_files import FORMATS, is_saved, local_files, split_names
+from siftrl.cells import read_dataset, with_whole_numbers
+from siftrl.data_files import FORMATS, is_saved, local_files, split_names, whole
 from siftrl.gym_rows import make_rows
 from siftrl.recipe_text import near
 from siftrl.row_encoding import Measured, measure
 from siftrl.row_limits import NO_LIMITS, RowLimits
-from siftrl.row_shapes import COMPLETIONS, Kind, Prompt, fill, is_conversation, shape_row, template_columns
+from siftrl.row_shapes import COMPLETIONS, Kind, Prompt, columns_needed, fill, shape_row, template_columns
 
 if TYPE_CHECKING:
     from siftrl.recipe import DataConfig, EvalDataConfig
@@ -329,12 +329,7 @@ def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
     if data.prompt_template is not None:
         for column in template_columns(data.prompt_template):
             _require_column("prompt_template", column, columns)
-    needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
-    if not (kind == "sft" and isinstance(rows[0].get(data.prompt or "prompt"), list)):
-        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
-    if kind == "dpo" and is_conversation(rows[0].get(needed["chosen"])):
-        needed.pop("prompt", None)
-    for key, column in needed.items():
+    for key, column in columns_needed(rows[0], data, kind).items():
         _require_column(key, column, columns)
 
 

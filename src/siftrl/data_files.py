@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from siftrl.recipe_text import near
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+EXACT = 2.0**53
+"""Floats up to here hold whole numbers exactly."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _METADATA = "dataset_infos.json"
 # the words that name a split in a file's name, as `datasets` reads them
@@ -31,6 +33,11 @@ _CHUNK = 1 << 20
 _MESSAGE = {"role", "content", "from", "value"}
 _SPACE = re.compile(r"\s*")
 _EXPECTED = {"[": "a row", ",": "a row", "row": "a comma or the array's end"}  # what may follow in an array
+
+
+def whole(value: Any) -> Any:
+    """The cell, a whole float as the whole number that it is: 43.0 reads 43."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= EXACT else value
 
 
 def split_names(split: str, key: str = "data") -> list[str]:

@@ -27,17 +27,19 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from siftrl import distributed, models, plugins, state
+from siftrl import distributed, end_tokens, models, origin, plugins, precision, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
+from siftrl.held_out import HeldOut, measurement
 from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
-from siftrl.reward_guard import load_rewards
-from siftrl.rollout import RolloutOptions, Sampling, free_memory
+from siftrl.reward_guard import close_rewards, load_rewards
+from siftrl.rollout import RolloutOptions, free_memory
 from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
+from siftrl.types import PromptSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +59,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     folder = recipe.run_folder
+    if torch.backends.mps.is_available():
+        logger.warning("Apple's GPU (MPS) is not used: siftrl runs on CUDA GPUs and on CPUs, here on the CPU")
     transformers_logging.disable_progress_bar()  # one bar a stage is enough; downloads keep theirs
     datasets.disable_progress_bars()
     distributed.open_group(deepspeed=recipe.distribution.deepspeed is not None)
@@ -135,18 +139,23 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
         )
+    _settle_turn_end(stage, trainer, tokenizer, data)
+    if model.quantize is not None and not trainer.is_deepspeed_enabled:
+        precision.adapters_in_float32(trainer.model)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
-    evals: dict[str, Any] = {}
-    if isinstance(stage, GRPOStage) and stage.eval is not None and data.eval is not None:
-        trainer.add_callback(_HeldOut(stage, trainer, data, recipe, evals))
+    held_out: HeldOut | None = None
+    if data.eval is not None:
+        measure = measurement(recipe, stage, trainer, data.eval, tokenizer)
+        held_out = HeldOut(measure, stage.eval.every if stage.eval else None, trainer)
+        trainer.add_callback(held_out)
     checkpoint = state.last_checkpoint(checkpoints) if resume else None
     if checkpoint is not None:
         say(f"stage {stage.name}: resuming from {checkpoint}")
         state.discard_after(checkpoints, state.step_of(checkpoint)) if distributed.is_main() else None
-        if (before := checkpoints / "before.json").exists():
-            evals["before"] = json.loads(before.read_text(encoding="utf-8"))
+        if held_out is not None:
+            held_out.resume(checkpoints)
     elif resume and distributed.is_main():
         recorder.rewind(-1)
     with _stop_on_signal(trainer) as stopped:
@@ -156,13 +165,13 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
             f"stopped in stage {stage.name} after step {trainer.state.global_step}; the checkpoint is in "
             f"{checkpoints}. Go on with the same command and --resume"
         )
-    if isinstance(stage, GRPOStage) and "before" in evals:
-        evals["after"] = _held_out(stage, trainer, data, recipe)
-        if distributed.is_main():
-            recorder.metrics(trainer.state.global_step, {"held_out": evals["after"], **trainer.sift_summary()})
+    if held_out is not None:
+        held_out.finish()
+    if isinstance(stage, GRPOStage):
+        close_rewards(trainer.reward_funcs)
     _save_model(trainer, tokenizer, done, model)
-    report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
-    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": held_out.results if held_out else {}}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
     if data.report:
         report["data"] = data.report
     return report
@@ -196,7 +205,7 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         "save_total_limit": recipe.checkpoint.keep,
         "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
         "report_to": "none",
-        "bf16": not on_cpu,
+        "trust_remote_code": recipe.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,  # without it transformers takes a machine without a GPU for one process
     }
@@ -221,6 +230,8 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         if rollout.engine == "vllm":
             options |= {
                 "vllm_mode": rollout.mode,
+                # scripts/bench_engine_noise.py measured which keeps the gradient of long completions
+                "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_gpu_memory_utilization": rollout.gpu_memory_utilization,
                 "vllm_tensor_parallel_size": rollout.tensor_parallel_size,
                 "vllm_max_model_length": rollout.max_model_len,
@@ -228,7 +239,8 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
                 "vllm_server_base_url": rollout.server_url,
                 "vllm_server_timeout": rollout.server_timeout,
             }
-    return options | stage.trainer
+    asked = precision.mixed_precision(stage.trainer, gpu=not on_cpu, gpu_has_bfloat16=precision.gpu_has_bfloat16())
+    return options | stage.trainer | asked
 
 
 def _grpo_trainer(
@@ -247,6 +259,9 @@ def _grpo_trainer(
     options["model_init_kwargs"] = models.model_init_kwargs(model)
     rewards, weights = load_rewards(recipe.rewards_of(stage))
     chosen = stage.prompt_selector
+    selector = plugins.load("selector", chosen.name, chosen.options) if chosen else None
+    if selector is not None:
+        _check_candidates(selector, stage, len(data.train))
     rollout = stage.rollout
     return GRPOTrainer(
         model=model.path,
@@ -256,12 +271,26 @@ def _grpo_trainer(
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
-        prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
+        prompt_selector=selector,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
         skip_zero_advantage=stage.selection.skip_zero_advantage,
+        halt_on_no_signal=recipe.logging.halt_on_no_signal,
         recorder=recorder,
         **_selection_options(recipe, stage),
     )
+
+
+def _check_candidates(selector: PromptSelector, stage: GRPOStage, rows: int) -> None:
+    """Ask the selector itself how many prompts it draws, before a model is loaded."""
+    keep = stage.prompts_per_step
+    drawn, who = selector.num_candidates(keep), f"stage {stage.name}: {type(selector).__name__}"
+    if not isinstance(drawn, int) or drawn < keep:
+        raise ValueError(f"{who}.num_candidates({keep}) is {drawn!r}; it must be a whole number, {keep} or more")
+    if drawn > rows:
+        raise ValueError(
+            f"{who} draws {drawn} prompts for the {keep} of a step, the data has only {rows} to train on; lower "
+            "prompts_per_step, or what the selector draws"
+        )
 
 
 def _row_trainer(
@@ -283,10 +312,15 @@ def _row_trainer(
     source = selection["source_column"]
     columns = ["prompt", *COMPLETIONS[stage.kind], *([source] if source else [])]
     trainer, config = (SFTTrainer, SFTConfig) if stage.kind == "sft" else (DPOTrainer, DPOConfig)
+    held_out = None if data.eval is None else data.eval.select_columns(["prompt", *COMPLETIONS[stage.kind]])
+    options.setdefault("per_device_eval_batch_size", stage.micro_batch_size)
+    if stage.kind == "sft":
+        options.setdefault("eval_packing", False)
     return trainer(
         model=model.path,
         args=config(**options),
         train_dataset=data.train.select_columns(columns),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
@@ -294,6 +328,24 @@ def _row_trainer(
         recorder=recorder,
         **selection,
     )
+
+
+def _settle_turn_end(stage: AnyStage, trainer: Any, tokenizer: Any, data: DataSplits) -> None:
+    """A model that learns conversations gets the end token that its chat template ends an assistant's turn with."""
+    if isinstance(data.train[0]["prompt"], str):
+        return
+    if not isinstance(stage, GRPOStage):
+        if (why := end_tokens.stop_at_turn_end(trainer.model, tokenizer)) and distributed.is_main():
+            logger.warning("stage %s: the model learns no token that ends its turns: %s", stage.name, why)
+        return
+    token = end_tokens.turn_end(tokenizer)
+    if isinstance(token, int) and token not in trainer.eos_token_ids and distributed.is_main():
+        logger.warning(
+            "stage %s: completions do not stop at %s, which ends an assistant's turn in the chat template: it is not "
+            "in eos_token_id of the model's generation_config.json; add it there, or train the model by chat SFT first",
+            stage.name,
+            tokenizer.convert_ids_to_tokens(token),
+        )
 
 
 def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
@@ -311,19 +363,6 @@ def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     }
 
 
-def _held_out(stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
-    """Mean reward on the held-out rows, spread over the ranks."""
-    assert stage.eval is not None and data.eval is not None
-    temperature = 0.0 if stage.eval.greedy else stage.rollout.temperature
-    return trainer.evaluate_rewards(
-        data.eval,
-        Sampling(stage.rollout.max_completion_tokens, temperature=temperature),
-        samples=stage.eval.samples,
-        batch_size=stage.eval.batch_size,
-        seed=recipe.seed,
-    )
-
-
 def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) -> None:
     """Save what the stage made so that transformers and vLLM load it; adapters are merged, and kept beside."""
     shutil.rmtree(folder, ignore_errors=True) if distributed.is_main() else None
@@ -334,44 +373,13 @@ def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) 
         trainer.save_model(str(folder / "adapter"))
         distributed.barrier()
         if distributed.is_main():
-            from peft import AutoPeftModelForCausalLM
-
-            # merged from the base as it is stored: a quantised base would lose precision in the merge
-            merged = AutoPeftModelForCausalLM.from_pretrained(str(folder / "adapter"), dtype="auto")
-            merged.merge_and_unload().save_pretrained(str(folder))
+            assert model.path is not None
+            policy, kwargs = trainer.accelerator.unwrap_model(trainer.model), trainer.args.model_init_kwargs
+            merged = origin.merge_adapter(policy, model.path, folder / "adapter", model.dtype, kwargs)
+            merged.save_pretrained(str(folder))
     if distributed.is_main():
         tokenizer.save_pretrained(str(folder))
     distributed.barrier()
-
-
-class _HeldOut(TrainerCallback):
-    """Evaluates on the held-out rows before the first step, and every so many steps."""
-
-    def __init__(
-        self, stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe, evals: dict[str, Any]
-    ) -> None:
-        self.measure = lambda: _held_out(stage, trainer, data, recipe)
-        self.every = stage.eval.every if stage.eval is not None else None
-        self.trainer, self.evals = trainer, evals
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # here the model is on its device, and sharded where it will be
-        if state.global_step == 0:
-            self.evals["before"] = self._record(0)
-            if distributed.is_main():  # a resumed run cannot measure it any more
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                write_json(Path(args.output_dir) / "before.json", self.evals["before"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self._record(state.global_step)
-
-    def _record(self, step: int) -> dict[str, Any]:
-        result = self.measure()
-        costs = self.trainer.sift_summary()
-        if distributed.is_main() and self.trainer.recorder is not None:
-            self.trainer.recorder.metrics(step, {"held_out": result, **costs})
-        return result
 
 
 @contextmanager

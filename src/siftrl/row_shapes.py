@@ -1,4 +1,7 @@
-"""One row of a data set: its prompt and completions, text or chat messages, made, checked and encoded."""
+"""One row of a data set: its prompt and completions, text or chat messages, made, checked and encoded.
+
+This module must stay free of torch: the first rows of a file are shaped before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from siftrl.cells import whole
+from siftrl.data_files import whole
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from siftrl.recipe import DataConfig
 
 Messages = list[dict[str, Any]]
@@ -55,6 +58,16 @@ def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Kind, where: str) 
     if not all(texts):
         return shaped, "empty completion"
     return shaped, "equal completions" if kind == "dpo" and texts[0] == texts[1] else ""
+
+
+def columns_needed(first: Mapping[str, Any], data: DataConfig, kind: Kind) -> dict[str, str]:
+    """The columns that rows of this form must have: the key of `data` that names it -> the column. first: a row."""
+    needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
+    if not (kind == "sft" and isinstance(first.get(data.prompt or "prompt"), list)):
+        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
+    if kind == "dpo" and is_conversation(first.get(needed["chosen"])):
+        needed.pop("prompt", None)
+    return needed
 
 
 def is_conversation(completion: Any) -> bool:

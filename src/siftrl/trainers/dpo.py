@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from siftrl.batch_selection import Chain, Link, needs_of
+from siftrl.origin import reference_loader
 from siftrl.pairs import OF_THE_LOSS, PAIR_LOSSES, PairLoss, PairScorer, check_signals
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.policy import scale_gradient
+from siftrl.rollout import replaced
 from siftrl.run import Recorder
 from siftrl.scoring import Rows
 from siftrl.trainers.base import SiftMixin
@@ -51,6 +54,7 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
 
     columns_read = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     loss_hint = "completions and max_length"
+    eval_figures = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}  # of the implicit reward
 
     def __init__(
         self,
@@ -73,7 +77,9 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
         if self.chain:
             _check(self.chain, wanted)
             args = planned
-        super().__init__(model, ref_model, args, *positional, **kwargs)
+        load = reference_loader(dpo_trainer.create_model_from_path, model)
+        with replaced(dpo_trainer, "create_model_from_path", load):
+            super().__init__(model, ref_model, args, *positional, **kwargs)
         self._init_sift(recorder)
         if self.chain:
             self._check_data()
@@ -87,6 +93,7 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
                 device=self.accelerator.device,
                 precision=self.accelerator.autocast,
                 names=parts,
+                init_kwargs=self.args.model_init_kwargs,
                 loss=PairLoss(self.loss_types, self.loss_weights, self.beta, self.label_smoothing, wanted.discopop_tau),
             )
             self._set_up_rows("dpo", scorer, source_column, max_overhead)
@@ -112,6 +119,9 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
         if (shares != 1).any():
             batch["shares"] = shares
         return batch
+
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        return len(batch["input_ids"]) // 2
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -24,6 +24,7 @@ from trl.trainer.utils import use_adapter
 from siftrl import batch_selection, distributed, policy
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain
+from siftrl.health import Health
 from siftrl.parts import PartNames
 from siftrl.rollout import replaced
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
@@ -32,6 +33,7 @@ from siftrl.scoring import ScoredBatch, Scorer
 from siftrl.signals import ValueGradient
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
+from siftrl.trainers.base import settle
 from siftrl.types import BatchSelector, Selection
 
 ROW: Any = 0
@@ -61,11 +63,13 @@ class SelectedCompletionsMixin:
     accelerator: Any
     args: Any
     clock: Clock
+    health: Health
     model: Any
     recorder: Recorder | None
     row_selection: RowSelection | None
     state: Any
     train_dataset: Any
+    warn: Any
     # TRL's
     aux_loss_enabled: bool
     beta: float
@@ -115,16 +119,19 @@ class SelectedCompletionsMixin:
         self._sources, self._source_sizes = sources_of(self.train_dataset, source_column)
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), "grpo")
+        needs = batch_selection.needs_of(self.chain)
         scorer = Scorer(
             self.model,
-            batch_selection.needs_of(self.chain),
+            needs,
             lambda rows: policy.collate(rows, self._tokenizer.pad_token_id),
             micro_batch_size=scoring_batch_size,
             device=self.accelerator.device,
             precision=self.accelerator.autocast,
             names=parts,
             row_losses=self._row_losses,
+            row_weights=self._row_weights if self._masks_rows and needs else None,
             temperature=self.temperature,
+            init_kwargs=self.args.model_init_kwargs,
         )
         self.row_selection = RowSelection(
             self.chain,
@@ -133,6 +140,7 @@ class SelectedCompletionsMixin:
             clock=self.clock,
             recorder=self.recorder,
             max_overhead=max_overhead,
+            warn=self.warn,
         )
 
     def take_ids(self, data_rows: list[dict[str, Any]]) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -145,8 +153,7 @@ class SelectedCompletionsMixin:
     def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """This rank's micro-batches of the completions worth training on, of all ranks' rollouts."""
         assert self.row_selection is not None
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the rollout's end is not the selection's cost
+        settle(self.accelerator.device)  # the rollout's end is not the selection's cost
         with self.clock("select"):
             step, group = self.state.global_step + 1, self.num_generations
             rows = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
@@ -177,6 +184,7 @@ class SelectedCompletionsMixin:
                 complete=None if self._skips else fill,
             )
             whole = fill(selection)
+            distributed.check_same(whole.indices, f"the rows of step {step}", whole.weights)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
@@ -193,6 +201,9 @@ class SelectedCompletionsMixin:
             }
             for name, figure in figures.items():
                 self._log_metric_value(f"batch/{name}", figure)
+            if self.chain:
+                offered = int((teaches & (copies > 0)).sum())
+                self.health.chosen(offered, keep, int(figures["rows_run"]), int(figures["rows_scored"]))
             num_items = (signals.num_tokens[whole.indices] * whole.weights).sum()
             pad, device = self._tokenizer.pad_token_id, self.accelerator.device
             return [
@@ -269,6 +280,17 @@ class SelectedCompletionsMixin:
         low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
         return policy.engine_corrections(log_probs, sampling, mask, self.vllm_importance_sampling_mode, low, high)
 
+    @property
+    def _masks_rows(self) -> bool:
+        """Whether the correction may take a whole completion out of the loss."""
+        return self._corrects_engine and self.vllm_importance_sampling_mode.endswith("_mask")
+
+    def _row_weights(self, batch: ScoredBatch) -> Tensor:
+        """float32 [B]: the largest correction of a row's tokens; at 0 the row has no gradient."""
+        mask = policy.bears_loss(batch)
+        corrections = self._corrections(batch.output.log_probs, batch.given["sampling"][:, 1:], mask)
+        return (corrections * mask).amax(1)
+
     def _row_losses(self, batch: ScoredBatch) -> Tensor:
         """float32 [B]: the rows' policy losses in the scoring pass."""
         mask, corrections = policy.bears_loss(batch), torch.ones_like(batch.output.log_probs)
@@ -332,6 +354,7 @@ class SelectedCompletionsMixin:
         sampling, mask = inputs["sampling_per_token_logps"], policy.loss_mask(inputs)
         inputs["importance_sampling_ratio"] = ratios = self._corrections(log_probs, sampling, mask)
         gaps = torch.nan_to_num((log_probs.float() - sampling).abs() * mask, nan=0.0)
+        self._log_masked(ratios, mask)
         if ratios.shape == mask.shape:  # token by token
             ratios, of = ratios * mask, mask.sum()
         else:
@@ -341,6 +364,13 @@ class SelectedCompletionsMixin:
         self._log_metric_value("sampling/sampling_logp_difference/mean", (counts[0] / counts[1].clamp(min=1)).item())
         self._log_metric_value("sampling/sampling_logp_difference/max", distributed.max_number(gaps.max().item()))
         self._log_metric_value("sampling/importance_sampling_ratio/mean", (counts[2] / counts[3].clamp(min=1)).item())
+
+    def _log_masked(self, ratios: Tensor, mask: Tensor) -> None:
+        """The share of completions that the correction takes out of the loss. ratios: float [B, T] or [B, 1]."""
+        rows = mask.any(1)
+        counts = torch.stack([(rows & ~((ratios != 0) & mask).any(1)).sum(), rows.sum()]).float()
+        distributed.sum_([counts])
+        self._log_metric_value("sampling/masked", (counts[0] / counts[1].clamp(min=1)).item())
 
 
 def _check(chain: Sequence[batch_selection.Link], args: GRPOConfig) -> None:

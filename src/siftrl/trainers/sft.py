@@ -86,6 +86,7 @@ class SFTTrainer(SelectedRowsMixin, SiftMixin, TRLSFTTrainer):
                 device=self.accelerator.device,
                 precision=self.accelerator.autocast,
                 names=parts,
+                init_kwargs=self.args.model_init_kwargs,
             )
             self._set_up_rows("sft", scorer, source_column, max_overhead)
 
@@ -112,6 +113,9 @@ class SFTTrainer(SelectedRowsMixin, SiftMixin, TRLSFTTrainer):
         """The kept loss-bearing tokens over all ranks and micro-batches, each counted with its row's weight."""
         num_tokens = signals.num_tokens[selection.indices]
         return (num_tokens * selection.weights).sum() if self._is_weighted else num_tokens.sum()
+
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
