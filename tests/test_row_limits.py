@@ -108,6 +108,8 @@ def test_what_a_stage_takes_is_read_from_its_trainers_options(tiny_model: str) -
     assert limits("dpo", rows_per_step=8, batch_selector="uniform_rows").rows == 8
     rollout = limits("grpo", prompts_per_step=4, rollout={"max_completion_tokens": 20})
     assert (rollout.rows, rollout.completion_tokens, rollout.max_length) == (4, 20, None)
+    for engine, read in (("transformers", None), ("vllm", 32)):
+        assert limits("grpo", rollout={"engine": engine, "max_model_len": 32}).engine_context == read
 
 
 def test_rows_that_the_model_cannot_read_are_refused_by_name(tmp_path: Path) -> None:
