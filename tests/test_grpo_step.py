@@ -132,7 +132,7 @@ def test_the_selected_step_by_hand(
     assert moved > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "cispo", "sapo", "vespo"])
 def test_a_step_of_a_few_is_as_long_as_that_of_all(tiny_model: str, sums: Any, tmp_path: Path, kind: str) -> None:
     """4 of the T completions that have an advantage, out of 16: by hand, their mean times T / 16 (rows or tokens), and
     the KL penalty, which is a mean over them, as it is. The second iteration has one: in the first the policy is the
@@ -145,7 +145,7 @@ def test_a_step_of_a_few_is_as_long_as_that_of_all(tiny_model: str, sums: Any, t
     trainer = run(build(model, tmp_path, sums, chooser, Watching, keep=4, reward=small_first, **options))
     rows = trainer.rollout_rows[0]
     taught = [index for index, row in enumerate(rows) if abs(row["advantages"].item()) > 1e-6]
-    lengths = [1 if kind == "grpo" else len(row["completion_ids"]) for row in rows]
+    lengths = [1 if kind in ("grpo", "sapo") else len(row["completion_ids"]) for row in rows]
     scale = sum(lengths[index] for index in taught) / sum(lengths)
     assert 4 < len(taught) < 16 and logged(trainer, "step_scale")[0] == pytest.approx(scale)
     kept = [rows[index] for index in teaching(chooser, trainer)]
