@@ -299,7 +299,8 @@ class SelectionConfig(Section):
     """Share of a step's seconds that scoring and choosing may take; null: no limit."""
     skip_zero_advantage: bool | None = None
     """grpo only: do not run completions whose advantage is 0, which have no gradient. null: where a batch selector had
-    to take some, since too few have one; true: always, without a batch selector too; false: never."""
+    to take some, since too few have one; true: always, without a batch selector too; false: never. The step is TRL's up
+    to rounding, but for `loss_type: bnpo`, which divides by the whole step's tokens here."""
 
 
 class RolloutConfig(Section):
