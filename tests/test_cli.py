@@ -8,13 +8,13 @@ import runpy
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from siftrl import cli
+from siftrl.eval_plan import EvalPlan
 from siftrl.recipe import load_recipe
 from siftrl.recipe_text import parse_yaml
 
@@ -185,50 +185,17 @@ def test_a_recipe_that_comes_with_siftrl_is_found_by_name(tmp_path: Path, monkey
 # -------------------------------------------------------------------------------------------------- eval
 
 
-def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Namespace:
-    """The arguments that `siftrl eval` hands on."""
-    from siftrl import evaluate
+def test_eval_plans_before_it_loads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from siftrl import eval_command
 
-    seen: list[Namespace] = []
-    monkeypatch.setattr(evaluate, "evaluate_command", lambda args: seen.append(args) or 0)
-    assert cli.main(["eval", "a-model", *arguments]) == 0
-    return seen[0]
-
-
-def test_eval_parses_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = evaluated(monkeypatch, "--data", "rows.jsonl", "--reward", "exact_match")
-    assert (args.model, args.data, args.reward, args.k, args.samples) == (
-        "a-model",
-        "rows.jsonl",
-        ["exact_match"],
-        [],
-        1,
-    )
-    assert args.temperature == 0, "one sample is greedy"
-    args = evaluated(monkeypatch, "--data", "d", "--reward", "exact_match", "--samples", "8", "--k", "4, 1,8")
-    assert (args.k, args.temperature) == ([1, 4, 8], 1.0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--reward", "exact"], "--reward: no reward 'exact'; did you mean 'exact_match'?"),
-        (["--reward", "exact_match", "--k", "4"], "--k: pass@4 needs --samples 4 or more, not 1"),
-        (
-            ["--reward", "exact_match", "--samples", "2", "--temperature", "0"],
-            "--samples: 2 greedy completions are all",
-        ),
-        (["--reward", "exact_match", "--data", "reasoning_gym:chain_sums"], "--data.name: reasoning-gym has no family"),
-    ],
-)
-def test_eval_refuses_before_it_loads(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from siftrl import evaluate
-
-    monkeypatch.setattr(evaluate, "evaluate_command", lambda args: pytest.fail("was called"))
-    assert cli.main(["eval", "a-model", "--data", "rows.jsonl", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    seen: list[EvalPlan] = []
+    monkeypatch.setattr(eval_command, "run_plan", lambda plan: seen.append(plan) or 0)
+    assert cli.main(["eval", "a-model", "--data", "some/rows", "--reward", "exact_match"]) == 0
+    assert seen[0].model.path == "a-model"
+    assert "not checked: --data: some/rows is taken for a hub name" in capsys.readouterr().err
+    assert cli.main(["eval", "a-model", "--data", "rows.jsonl", "--reward", "exact"]) == 2
+    assert capsys.readouterr().err == "siftrl: --reward: no reward 'exact'; did you mean 'exact_match'?\n"
+    assert len(seen) == 1
 
 
 # -------------------------------------------------------------------------------------------------- train

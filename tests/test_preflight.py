@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.preflight import HEAD_ROWS, check_files, check_named, load_checked
+from siftrl.preflight import HEAD_ROWS, check_evaluation, check_files, load_checked
 from siftrl.recipe import DataConfig, RecipeError, RewardConfig
 from siftrl.recipe_text import parse_yaml
 
@@ -396,26 +396,52 @@ def test_completions_fit_the_model_s_context(config: dict[str, Any], positions: 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_flags_are_named_for_what_a_command_line_names(here: Path) -> None:
+EVALS: dict[str, tuple[list[str], str]] = {
+    "a file": (["--data", "none.jsonl"], "--data: there is no file or folder none.jsonl"),
+    "a prompt": (["--data", "rows.jsonl", "--prompt", "promt"], "--prompt: there is no column 'promt'; did you mean"),
+    "a template": (["--data", "rows.jsonl", "--prompt-template", "{x}"], "--prompt-template: there is no column 'x'"),
+    "a split": (["--data", "split", "--split", "test"], "--split: no file in split is named after the split 'test'"),
+    "a reward's column": (
+        ["--data", "rows.jsonl", "--reward", "{name: exact_match, options: {column: x}}"],
+        "--reward: exact_match reads the column 'x', which the data has not",
+    ),
+    "a chat": (["--data", "rows.jsonl", "--chat"], "MODEL: the prompts are chat messages, but the tokenizer of model"),
+    "a context": (["--data", "rows.jsonl", "--max-tokens", "64"], "--max-tokens: the model's context of 64 tokens has"),
+    "one of several": (
+        ["--data", "rows.jsonl", "--data", "other=held.jsonl"],
+        "--prompt: other: there is no column 'prompt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVALS)
+def test_eval_looks_at_what_its_flags_name(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = EVALS[case]
+    write_model(here / "model")
     write_rows(here / "rows.jsonl")
-    flags = {"data.path": "--data", "data.prompt": "--prompt", "data.prompt_template": "--prompt-template"}
-    flags |= {"rewards": "--reward", "data.split": "--split", "model.path": "MODEL"}
-    reward = RewardConfig(name="exact_match")
-    assert check_named(None, DataConfig(path="rows.jsonl"), [reward], flags) == []
-    for data, message in {
-        "{path: none.jsonl}": "--data: there is no file or folder none.jsonl",
-        "{path: rows.jsonl, prompt: promt}": "--prompt: there is no column 'promt'; did you mean 'prompt'?",
-        "{path: rows.jsonl, prompt_template: '{x}'}": "--prompt-template: there is no column 'x'",
-    }.items():
-        with pytest.raises(RecipeError) as caught:
-            check_named(None, DataConfig.model_validate(parse_yaml(data)), [reward], flags)
-        assert str(caught.value).startswith(message)
-    with pytest.raises(RecipeError, match="^--reward: exact_match reads the column 'x', which the data has not"):
-        reads_x = RewardConfig(name="exact_match", options={"column": "x"})
-        check_named(None, DataConfig(path="rows.jsonl"), [reads_x], flags)
-    with pytest.raises(RecipeError, match="^MODEL: there is no folder ./none"):
-        check_named("./none", None, [], flags)
-    assert check_named("some/model", DataConfig(path="some/data"), [reward], flags) == [
+    write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
+    (here / "split").mkdir()
+    write_rows(here / "split" / "train.jsonl")
+    flags = ["--max-tokens", "8"] if "--max-tokens" not in arguments else []
+    flags += ["--reward", "exact_match"] if "--reward" not in arguments else []
+    assert cli.main(["eval", "model", *arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["eval", "./none", "--data", "rows.jsonl", "--reward", "exact_match"]) == 2
+    assert capsys.readouterr().err == "siftrl: MODEL: there is no folder ./none\n"
+
+
+def test_eval_looks_at_what_a_recipe_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(here / "model")
+    write_rows(here / "rows.jsonl")
+    data = {"path": "rows.jsonl", "eval": {"path": "none.jsonl"}}
+    recipe = str(write_recipe(here, GRPO | {"eval": {}}, model={"path": "model"}, data=data))
+    assert cli.main(["eval", recipe]) == 2
+    assert capsys.readouterr().err == "siftrl: data.eval.path: there is no file or folder none.jsonl\n"
+
+
+def test_what_eval_did_not_check_is_said(here: Path) -> None:
+    reward, flags = RewardConfig(name="exact_match"), {"model.path": "MODEL", "data.path": "--data"}
+    assert check_evaluation("some/model", DataConfig(path="some/data"), [reward], flags) == [
         "not checked: MODEL: some/model is taken for a hub name: its files, its context",
         "not checked: --data: some/data is taken for a hub name: its rows and columns",
     ]

@@ -408,6 +408,8 @@ def test_two_ranks_choose_and_learn_as_one(
         assert report["world"] == 2
         assert report["losses"] == pytest.approx(single["losses"], rel=1e-4)
         assert report["selection"]["rows_trained"] == 24
+        assert report["held_out"] == pytest.approx(single["held_out"], rel=1e-4)  # 11 rows
+        assert (report["reward"], report["rewarded"]) == (pytest.approx(single["reward"], abs=1e-6), 11)
     assert reports[0]["tokens"] == single["tokens"]
 
 

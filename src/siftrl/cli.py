@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from siftrl import __version__
+from siftrl import __version__, eval_arguments, eval_plan
 from siftrl.recipe_text import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command, run in ((validate, _validate), (show, _show)):
         _add_recipe(command)
-        command.add_argument("--ranks", type=_count, help="processes that it will run on (default: WORLD_SIZE, or 1)")
+        command.add_argument(
+            "--ranks", type=eval_arguments.count, help="processes that it will run on (default: WORLD_SIZE, or 1)"
+        )
         command.add_argument(
             "--not-here",
             action="store_true",
@@ -109,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
     validate.add_argument(
-        "--rows", type=_count, metavar="N", help="print N prompts, and what the rewards say of their right answers"
+        "--rows",
+        type=eval_arguments.count,
+        metavar="N",
+        help="print N prompts, and what the rewards say of their right answers",
     )
 
     listing = commands.add_parser(
@@ -128,7 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         "`# yaml-language-server: $schema=recipe.schema.json`.",
     )
     schema.set_defaults(run=_schema)
-    _add_eval(commands)
+
+    measure = commands.add_parser(
+        "eval",
+        help="mean reward and pass@k of a recipe's model, a run's, or any model",
+        description="Generate completions for the prompts of data sets and score them: what `siftrl train` measures "
+        "on held-out rows, or any model on any rows.",
+    )
+    eval_arguments.add_arguments(measure)
+    measure.set_defaults(run=_eval)
     return parser
 
 
@@ -140,53 +153,6 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         nargs="*",
         help="set a key of the recipe, for example seed=1 or stages.grpo.trainer.max_steps=50",
     )
-
-
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "eval",
-        help="mean reward and pass@k of a model",
-        description="Generate completions for a data set's prompts and score them.",
-    )
-    command.add_argument("model", metavar="MODEL", help="a folder or a hub name")
-    command.add_argument("--data", required=True, help="a file, folder or hub name, or reasoning_gym:FAMILY")
-    command.add_argument("--split", default="test", help="the split of --data (default: %(default)s)")
-    command.add_argument("--prompt", help="the column with the prompt (default: prompt; question for reasoning_gym)")
-    command.add_argument("--prompt-template", help='makes the prompt out of columns, for example "{question}="')
-    command.add_argument(
-        "--reward", required=True, action="append", help="a reward's name or package.module:name; may be repeated"
-    )
-    command.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    command.add_argument("--samples", type=_count, default=1, help="completions a prompt (default: %(default)s)")
-    command.add_argument(
-        "--k", type=_counts, default=[], metavar="K,...", help="which pass@k to report, for example 1,4"
-    )
-    command.add_argument("--temperature", type=_temperature, help="0: greedy (default: 0 for one sample, else 1)")
-    command.add_argument("--max-tokens", type=_count, default=512, help="of a completion (default: %(default)s)")
-    command.add_argument("--batch-size", type=_count, default=256, help="completions at once (default: %(default)s)")
-    command.add_argument("--limit", type=_count, help="only the first rows (reasoning_gym: that many; default 256)")
-    command.add_argument("--out", metavar="FILE.jsonl", help="write each prompt's completions and rewards")
-    command.set_defaults(run=_eval)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_count(part.strip()) for part in text.split(",")})
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if value != 0 and not 1e-3 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy), or a number from 0.001 on")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------- the commands
@@ -259,29 +225,10 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from siftrl import plugins
-    from siftrl.recipe_checks import check_gym_task, require_installed
+    plan = eval_plan.make_plan(args, find_recipe)
+    for line in eval_plan.look_at(plan):
+        print(line, file=sys.stderr)
 
-    if args.temperature is None:
-        args.temperature = 0.0 if args.samples == 1 else 1.0
-    if args.samples > 1 and args.temperature == 0:
-        raise RecipeError(f"{args.samples} greedy completions are all the same; raise --temperature", "--samples")
-    if args.k and args.k[-1] > args.samples:
-        raise RecipeError(f"pass@{args.k[-1]} needs --samples {args.k[-1]} or more, not {args.samples}", "--k")
-    for name in args.reward:
-        try:
-            plugins.validate("reward", name, {})
-        except plugins.PluginError as error:
-            raise RecipeError(error.problem, "--reward") from None
-        if name in ("reasoning_gym", "math_verify"):
-            require_installed(name, "--reward")
-    if args.engine == "vllm":
-        require_installed("vllm", "--engine")
-    source, colon, family = args.data.partition(":")
-    if colon and source == "reasoning_gym":
-        require_installed("reasoning_gym", "--data")
-        check_gym_task(family, {}, ("--data",))
+    from siftrl.eval_command import run_plan
 
-    from siftrl.evaluate import evaluate_command
-
-    return evaluate_command(args)
+    return run_plan(plan)

@@ -16,7 +16,7 @@ from typing import Any, cast
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
 from siftrl.data_files import head, local_files, read_rows, whole
-from siftrl.model_files import check_model
+from siftrl.model_files import ModelFiles, check_model
 from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
@@ -66,10 +66,8 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
         if model is not None and model.positions is not None:
             check_context(recipe, stage, model.positions, key)
         has_chat = _check_stage_data(recipe, stage, key, num_ranks or world_size(), lines)
-        if has_chat and model is not None and not model.chat_template and not stage.trainer.get("chat_template_path"):
-            problem = f"the prompts of stage {stage.name} are chat messages, but the tokenizer of {recipe.model.path}"
-            advice = "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
-            raise RecipeError(f"{problem} has no chat template; {advice}", "model", "path")
+        if has_chat and model is not None and not stage.trainer.get("chat_template_path"):
+            _require_template(model, recipe.model.path, f"the prompts of stage {stage.name}")
         _check_plugin_models(stage, key, lines)
         _check_trainer_files(stage, (*key, "trainer"))
         if isinstance(stage, GRPOStage) and stage.rollout.engine_args:
@@ -77,19 +75,28 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def check_named(
-    model: str | None, data: DataConfig | None, rewards: Sequence[RewardConfig], flags: Mapping[str, str]
+def check_evaluation(
+    model: str,
+    data: DataConfig,
+    rewards: Sequence[RewardConfig],
+    flags: Mapping[str, str],
+    *,
+    kind: Kind = "grpo",
+    max_tokens: int = 0,
 ) -> list[str]:
-    """`check_files` of what a command line names: a model, and data and rewards to measure completions on.
+    """`check_files` of a model and of rows that its completions of at most `max_tokens` are measured on.
 
-    flags: the flag of each key ("model.path": "MODEL", "data.path": "--data", "rewards": "--reward"), for messages.
+    flags: what stands for each key in messages: {"model.path": "MODEL", "data.path": "--data", "rewards": "--reward"}.
     """
     lines: list[str] = []
     try:
-        if model is not None:
-            check_model(model, ("model", "path"), lines)
-        if data is not None:
-            _check_rows(data, "grpo", rewards, ("data",), ("rewards",), lines)
+        folder = check_model(model, ("model", "path"), lines)
+        _, has_chat = _check_rows(data, kind, rewards, ("data",), ("rewards",), lines)
+        if folder is not None and has_chat:
+            _require_template(folder, model, "the prompts")
+        if folder is not None and folder.positions is not None and max_tokens >= folder.positions:
+            problem = f"the model's context of {folder.positions} tokens has no room for {max_tokens} after a prompt"
+            raise RecipeError(f"{problem}; write {folder.positions - 1} or less", "max_tokens")
     except RecipeError as error:
         raise RecipeError(error.problem, _flag(error.key, flags)) from None
     return [re.sub(r"^(not checked: )?([\w.]+)", lambda match: _flag_line(match, flags), line) for line in lines]
@@ -103,6 +110,13 @@ def _flag(key: Key, flags: Mapping[str, str]) -> str:
 
 def _flag_line(match: re.Match[str], flags: Mapping[str, str]) -> str:
     return (match[1] or "") + _flag(tuple(match[2].split(".")), flags)
+
+
+def _require_template(folder: ModelFiles, path: str | None, prompts: str) -> None:
+    if not folder.chat_template:
+        problem = f"{prompts} are chat messages, but the tokenizer of {path} has no chat template"
+        advice = "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
+        raise RecipeError(f"{problem}; {advice}", "model", "path")
 
 
 # ------------------------------------------------------------------------------------------------------- a stage

@@ -98,8 +98,11 @@ def _check_names(recipe: Recipe) -> None:
 def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, need: Any) -> None:
     if stage.data:
         _check_data(stage.data, (*key, "data"), need)
-    if stage.kind != "grpo" and stage.rewards is not None:
+    if stage.kind == "dpo" and stage.rewards is not None:
         raise RecipeError(f"has no effect in {_a(stage)}; remove it", *key, "rewards")
+    if stage.kind == "sft" and stage.rewards and stage.eval is None:
+        problem = "has no effect in an sft stage without `eval`; write `eval: {}` to measure them on held-out rows"
+        raise RecipeError(f"{problem}, or remove it", *key, "rewards")
     if stage.rewards is not None:
         _check_rewards(stage.rewards, (*key, "rewards"), need)
     if stage.data is None and recipe.data is None:
@@ -108,8 +111,7 @@ def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, nee
         problem = "reasoning_gym makes no preference pairs; write `data: {path: ...}` in the stage"
         raise RecipeError(problem, *key, "data")
     rewards = recipe.rewards_of(stage)
-    if stage.kind == "grpo" and stage.eval and recipe.data_of(stage).eval is None:
-        raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
+    _check_eval(recipe, stage, (*key, "eval"))
     if not rewards and stage.kind == "grpo":
         raise RecipeError("a grpo stage needs rewards; write `rewards: [{name: exact_match}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
@@ -128,6 +130,21 @@ def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, nee
         if rows is not None and proposed > rows:
             problem = f"a step draws {proposed} prompts, the data has only {rows} to train on"
             raise RecipeError(f"{problem}; lower it, or what the selector draws", *key, "prompts_per_step")
+
+
+def _check_eval(recipe: Recipe, stage: AnyStage, key: Key) -> None:
+    if stage.eval is None:
+        return
+    if recipe.data_of(stage).eval is None:
+        raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key)
+    if stage.kind == "grpo" and stage.eval.max_completion_tokens is not None:
+        raise RecipeError("is for sft stages; write rollout.max_completion_tokens", *key, "max_completion_tokens")
+    if recipe.measures_rewards(stage):
+        return
+    for option, value in stage.eval:
+        if option != "every" and value != type(stage.eval).model_fields[option].default:
+            cure = "name `rewards`, or remove it" if stage.kind == "sft" else "remove it"
+            raise RecipeError(f"has no effect: {_a(stage)} generates nothing without rewards; {cure}", *key, option)
 
 
 def _check_selection(stage: AnyStage, key: Key) -> None:
@@ -244,6 +261,14 @@ def _check_data(data: DataConfig, key: Key, need: Any) -> None:
     need("reasoning_gym", *key, "reasoning_gym")
     for index, task in enumerate(data.reasoning_gym.tasks):
         check_gym_task(task.name, task.config, (*key, "reasoning_gym", "tasks", index))
+
+
+def check_measured(data: DataConfig, rewards: list[RewardConfig]) -> None:
+    """Check rows and rewards that stand apart from a recipe, for this machine; keys begin with "data" or "rewards"."""
+    _check_data(data, ("data",), require_installed)
+    _check_rewards(rewards, ("rewards",), require_installed)
+    if all(reward.weight == 0 for reward in rewards):
+        raise RecipeError("every reward has weight 0; write a weight for one", "rewards")
 
 
 def check_gym_task(name: str, config: dict[str, Any], key: Key) -> None:

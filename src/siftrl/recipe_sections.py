@@ -333,7 +333,10 @@ class RolloutConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on the held-out rows: before and after a stage, and in between."""
+    """Evaluation on the held-out rows: before and after a stage, and in between.
+
+    grpo: the mean reward. sft: the loss, and the mean reward where rewards are named. dpo: loss and accuracy.
+    """
 
     every: Count | None = None
     """Also every so many optimizer steps; null: only before and after."""
@@ -342,6 +345,8 @@ class EvalConfig(Section):
     greedy: bool = True
     batch_size: Count = 256
     """Completions generated at once."""
+    max_completion_tokens: Count | None = None
+    """sft: longer completions are cut; null: 256. In grpo the rollout's counts."""
 
     @model_validator(mode="after")
     def one_greedy_sample(self) -> EvalConfig:

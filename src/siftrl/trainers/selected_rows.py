@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class SelectedRowsMixin(ABC):
     """The data set's columns that a row is read from, where they are there."""
     loss_hint: str
     """Where to look when no row bears loss."""
+    eval_figures: ClassVar[Mapping[str, str]] = {}
+    """What is measured on held-out rows besides the loss: name -> TRL's name."""
 
     args: Any
     accelerator: Any
@@ -111,6 +113,10 @@ class SelectedRowsMixin(ABC):
     def num_items(self, signals: Signals, selection: Selection) -> Tensor | None:
         """What TRL divides the step's losses by; None: by the rows of each micro-batch."""
         return None
+
+    @abstractmethod
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        """What the loss of a held-out batch is a mean over."""
 
     # -- one step's rows ---------------------------------------------------------------------------------------
 
