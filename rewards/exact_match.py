@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ class ExactMatch:
     _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._extract, self._gold = compiled("extract", self.extract), compiled("gold", self.gold)
+        self._extract, self._gold = compiled("extract", self.extract, re.DOTALL), compiled("gold", self.gold)
 
     def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
         cells = column(columns, self.column, "exact_match", option="column")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from siftrl.final_answer import boxed, final_answer
 from siftrl.reward_columns import column, compiled, completion_texts, gold_text, report_unread, tagged
 
 _MAX_DIGITS = 10_000
+_PLUS_MINUS = r"\pm"
 
 
 @dataclass
@@ -30,12 +32,12 @@ class MathVerify:
     """The column that holds the right answer, LaTeX or plain; null: "answer", or else "solution"."""
     gold: str | None = None
     r"""A regular expression whose first group (or whole match) is the answer in that column; the last match counts.
-    Null: the last \\boxed{...}, or what follows `####` in the last line (GSM8K), or else the whole cell."""
+    Null: the last \boxed{...}, or what follows `####` in the last line (GSM8K), or else the whole cell."""
     tag: str | None = None
     """The answer stands between <tag> and </tag>, the last such pair after the reasoning; without one the score is 0.
     Null: all that follows the reasoning is looked through."""
     boxed_only: bool = False
-    r"""Take \\boxed{...} alone for the completion's answer."""
+    r"""Take \boxed{...} alone for the completion's answer."""
     _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,12 @@ class MathVerify:
     def _is_right(self, gold: Answer, text: str) -> bool:
         found_in = text if self.tag is None else tagged(text, self.tag)
         found = None if found_in is None else final_answer(found_in, boxed_only=self.boxed_only)
-        return found is not None and same_answer(gold, found)
+        if found is None:
+            return False
+        # one answer in two forms: 3/4, or 75%
+        forms = [read_answer(form) for form in re.split(r",? or ", found.latex)]
+        said_again = len(forms) > 1 and all(form is not None and same_answer(gold, form) for form in forms)
+        return said_again or same_answer(gold, found)
 
 
 def same_answer(gold: Answer, found: Answer) -> bool:
@@ -86,6 +93,8 @@ def same_answer(gold: Answer, found: Answer) -> bool:
         return False
     if not (_is_computable(wanted) and _is_computable(answer)):
         return bool(wanted == answer)  # as they are written
+    if _are_far_apart(wanted, answer):
+        return False
     from math_verify import verify
 
     return verify(wanted, answer, timeout_seconds=None)
@@ -102,7 +111,21 @@ def _parsed(latex: str) -> Any:
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=as_is)
     # its own time limits use signal.alarm, which works in the main thread only
     found = parse(f"${latex}$", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
+    if not found and _PLUS_MINUS in latex:  # inside a fraction, say
+        return _parsed(f"{latex.replace(_PLUS_MINUS, '+')}, {latex.replace(_PLUS_MINUS, '-')}")
     return found[0] if found else None
+
+
+def _are_far_apart(wanted: Any, answer: Any) -> bool:
+    """Whether two constants differ visibly; the library would simplify their difference, some 20 ms a row."""
+    from sympy import Expr, UnevaluatedExpr
+
+    if not all(
+        isinstance(value, Expr) and value.is_number and not value.has(UnevaluatedExpr) for value in (wanted, answer)
+    ):
+        return False  # UnevaluatedExpr: a percentage, which has two values
+    difference, size = abs((wanted - answer).evalf(15)), abs(wanted.evalf(15))
+    return bool(difference.is_Float and size.is_Float and difference > 1e-4 * max(1, size))
 
 
 def _is_computable(expression: Any) -> bool:

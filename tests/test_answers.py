@@ -57,13 +57,20 @@ WHOLE = [  # gold, the same answer, another answer (mostly a number inside the g
     ("3:4", "3/4", "3"),
     ("3:30 p.m.", "3:30 PM", "3:30 AM"),
     ("15:30", "3:30 pm", "3:30 am"),
+    ("7 a.m.", "7:00 am", "7:00 pm"),
+    ("3:30 hours", "3:30", "3"),
+    ("12 sec", "12 seconds", "1"),
+    ("Justin", "Justin", "in"),
     ("7:50", "7:50", "7"),
     ("x = 5", "5", "x = 4"),
     (r"x = 2 \text{ or } x = -2", "-2, 2", "2"),
     ("y = 2x + 3", "2x+3", "3"),
     (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", "2/3"),
     (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", "1"),
-    ("5!", "120", "5"),
+    (r"\frac{3 \pm \sqrt{5}}{2}", r"\frac{3+\sqrt{5}}{2}, \frac{3-\sqrt{5}}{2}", "3"),
+    (r"\log_2 3", r"\log_{2} 3", "3"),
+    ("2^{2004}", "4^{1002}", "2^{2003}"),
+    ("5!", "5 * 4!", "5"),
     (r"\text{Evelyn}", "Evelyn", "E"),
     ("They are equal", "they are equal.", "equal"),
     (r"\text{(C)}", "C", "D"),
@@ -136,6 +143,7 @@ def test_where_the_gold_stands_in_its_cell() -> None:
         assert load("reward", name)(["1007", "7", worked[-5:]], answer=[worked] * 3) == [1, 0, 1]
         given = load("reward", name, {"gold": "is (.*?) apples"})
         assert given(["5", "3", "5"], answer=["it is 3 apples, no, is 5 apples", 3, None]) == [1, None, None]
+        assert load("reward", name, {"gold": "#### (.*)"})(["6"], answer=["#### 5\n#### 6\n"]) == [1]
         with pytest.raises(ValueError, match="gold: .* no regular expression"):
             load("reward", name, {"gold": "("})
         for cell, kind in ((["5"], "a list"), ({"answer": 5}, "a mapping")):
@@ -211,6 +219,26 @@ LAST = [  # every completion's answer is 12, and none is 5, 3 or 15
         "24/2",
     ),
 ]
+SENTENCES = [  # text, its answer
+    (r"Therefore, Janet makes $\$18$ every day.", "18"),
+    ("Janet makes 9 * 2 = $<<9*2=18>>18 every day.", "18"),
+    (r"Thus, $16 - 3 - 4 = 9$ eggs, and $9 \times 2 = \$18$.", "18"),
+    ("Total cost = $5 + $13 = $18", "18"),
+    ("Sum = 1 + 2 + 3 + ... + 10 = 55", "55"),
+    ("### Final Answer\n\n**18**\n", "18"),
+    ("The answer: 18 (since 9 * 2 + 1 = 19)", "18"),
+    ("So the answer, 18, is correct.", "18"),
+    ("The correct answer is (B) 18.", "18"),
+    ("The answer is 18 dollars and 5 cents.", "18.05"),
+    (r"The answer is $\frac{3}{4}$, or 0.75.", "3/4"),
+    ("The answer is 3/4 or 75%", "0.75"),
+    (r"$P = \frac{1}{6} \approx 0.167$", "1/6"),
+    ("The solutions are $x = 2$ and $x = 3$.", "2, 3"),
+    ("I think it's 18", "18"),
+    ("He has -5 degrees", "-5"),
+    ("The length is 18-inch", "18"),
+    ("Time: 2:30", "2:30"),
+]
 NONE = [  # no completion has the answer 12
     *("", " ", "<think>12", "<think>12</think>", "<think>\\boxed{12}", "I do not know", "...", "twelve", r"\boxed{12"),
     *(
@@ -243,6 +271,11 @@ NONE = [  # no completion has the answer 12
 @pytest.mark.parametrize("text", LAST)
 def test_the_last_answer_of_a_completion_counts(text: str) -> None:
     assert [verdict(text, gold) for gold in ("12", "5", "3", "15")] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("text", "gold"), SENTENCES)
+def test_answers_in_sentences(text: str, gold: str) -> None:
+    assert verdict(text, gold) == 1
 
 
 @pytest.mark.parametrize("text", NONE, ids=[repr(text[:30]) for text in NONE])

@@ -53,17 +53,16 @@ def test_the_model_is_asked_as_the_flags_say_and_rewards_get_their_options(
     tiny_model: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "asked.py").write_text(
-        "seen = []\n"
+        "import json\n"
         "def asked(completions, prompts, *, name: str = '', **columns):\n"
-        "    seen.append((name, prompts[0]))\n"
+        "    with open('seen.json', 'w') as file:\n"  # it runs in a process of its own
+        "        json.dump([name, prompts[0]], file)\n"
         "    return [1.0] * len(completions)\n"
     )
     flags = ["--chat", "--system-prompt", "Add.", "--reward", "{name: 'asked:asked', weight: 3.0, options: {name: x}}"]
     siftrl(tiny_model, "--data", "sums=rows.jsonl", *flags, "--max-tokens", "2", "--json", "-")
-    import asked  # type: ignore[import-not-found]
-
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
-    assert asked.seen == [("x", messages)]
+    assert json.loads((home / "seen.json").read_text()) == ["x", messages]
     document = json.loads(capsys.readouterr().out)  # nothing but the JSON
     assert document["model"] == tiny_model
     settings = {"engine": "transformers", "max_tokens": 2, "temperature": 0.0, "samples": 1, "seed": 0}

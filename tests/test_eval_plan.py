@@ -16,7 +16,7 @@ from siftrl.recipe_text import RecipeError
 
 RECIPE: dict[str, Any] = {
     "seed": 5,
-    "model": {"path": "some/model", "revision": "abc", "dtype": "bfloat16", "attn_implementation": "eager"},
+    "model": {"path": "some/model", "revision": "abc", "dtype": "float32", "attn_implementation": "eager"},
     "data": {"path": "rows.jsonl", "prompt": "question", "system_prompt": "Think.", "eval": {"size": 8}},
     "rewards": [{"name": "exact_match", "options": {"column": "gold"}}],
     "stages": [
@@ -108,7 +108,7 @@ def test_a_run_is_measured_as_its_recipe_measured_it(home: Path) -> None:
     make_run(home, "warmup", "grpo")
     found = plan("runs/my")
     assert found.model.path == "runs/my/model"
-    assert (found.model.revision, found.model.dtype, found.model.attn_implementation) == (None, "bfloat16", "eager")
+    assert (found.model.revision, found.model.dtype, found.model.attn_implementation) == (None, "float32", "eager")
     assert found.sampling["top_k"] == 5 and found.sets[0].held_out
     warmup = plan("runs/my", "--stage", "warmup")  # measures no rewards itself: as the stage that does
     assert warmup.model.path == "runs/my/stages/warmup" and warmup.sampling == found.sampling

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,11 @@ def test_colocated_vllm_gets_every_weight_and_the_probe_sees_stale_ones(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         trainer.vllm_generation.sync_weights()
         assert trainer.probe_engine() < 1e-4, name
+    trainer.vllm_generation.structured_outputs_regex = "[5-7]{3}"  # seeded rollouts obey it, the probe does not
+    seeded = trainer._generate_seeded(trainer._tokenize_prompts(["1+1=", "2+3="])[0])
+    texts = trainer.processing_class.batch_decode(seeded.ids, skip_special_tokens=True)
+    assert all(re.fullmatch("[5-7]{3}", text) for text in texts), texts
+    assert trainer.probe_engine() < 1e-4
     trainer.vllm_generation.sync_weights = lambda: None  # weights that never arrive
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -309,9 +315,15 @@ def test_a_trainer_that_is_done_leaves_no_engine_and_no_model_in_memory(
     tiny_model: str, sums: Any, tmp_path: Path
 ) -> None:
     def train() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
-        args = grpo_args(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, max_steps=1)
+        args = grpo_args(
+            tmp_path, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, max_steps=1, top_p=0.5
+        )
         trainer = GRPOTrainer(model=tiny_model, reward_funcs=digit_share, args=args, train_dataset=sums)
         trainer.train()
+        figures = trainer.state.log_history[0]  # of half of the distribution, and its probabilities are the whole one's
+        for name in ("min", "mean", "max"):
+            assert figures[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-3)
+        assert figures["sampling/masked"] == 0
         return weakref.ref(trainer.vllm_generation.llm), weakref.ref(trainer.model)
 
     engine, model = train()

@@ -359,4 +359,5 @@ def test_with_vllm_the_old_policys_pass_is_spared_and_the_step_is_the_same(
         torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-4)
     name = "sampling/sampling_logp_difference/mean"
     off = [entry[name] for entry in spared.state.log_history if name in entry]
+    assert {e["sampling/masked"] for e in spared.state.log_history if "sampling/masked" in e} == {0.0}
     assert len(off) == 2 // iterations and min(off) > 1e-4

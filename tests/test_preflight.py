@@ -132,6 +132,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "rewards.0={name: exact_match, options: {gold: '#### (.*)'}}",
         "rewards.0.options.gold: '#### (.*)' finds no answer in the first 32 rows of rows.jsonl, for example in '1'",
     ),
+    "an answer that is a list": (
+        "data={path: lists.jsonl}",
+        "rewards.0: exact_match: column 'answer' holds a list, not an answer: [2]; write one answer a row",
+    ),
     "one of several of a reward's": (
         "rewards.0={name: math_verify, options: {column: gold}}",
         "rewards.0.options.column: math_verify reads the column 'gold', which the data has not; it has answer, p",
@@ -181,6 +185,7 @@ def test_what_files_do_not_hold_is_refused_by_key(case: str, here: Path) -> None
     write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
     write_rows(here / "empty.jsonl", 3, prompt=lambda i: " ", answer=lambda i: 2)
     write_rows(here / "trl.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, completion_ids=lambda i: 2)
+    write_rows(here / "lists.jsonl", 3, prompt=lambda i: "x", answer=lambda i: [2])
     write_rows(here / "sources.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, source=lambda i: [1])
     (here / "split").mkdir()
     write_rows(here / "split" / "train.jsonl")
@@ -528,7 +533,7 @@ def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: py
         for gold in (18, 3, 70000)
         for line in (f"  answered '{gold}': math_verify 0", f"  answered '<answer>{gold}</answer>': math_verify 1")
     ]
-    math["options"] = {"gold": "every (.*)"}  # a match, and no answer
+    math["options"] = {"gold": "(= <<.*)"}  # a match, and no answer
     lines = shown(write_recipe(here, rewards=[math], data=data), 3, capsys)
     assert lines[-1] == "math_verify rewards the right answer of row 0 in none of these forms"
 

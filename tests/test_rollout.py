@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,13 +121,22 @@ def test_a_sleeping_engine_gets_its_weights_once_for_all_calls_that_belong_toget
 
 
 @pytest.mark.engines
-def test_vllm_draws_what_transformers_would(tiny_model: str, engine: TransformersEngine) -> None:
-    """A real vLLM on the same weights: greedy tokens agree, and its log-probabilities are the model's."""
+def test_vllm_draws_what_transformers_would(tiny_model: str, tmp_path: Path) -> None:
+    """A real vLLM on the same weights: greedy tokens agree, and its log-probabilities are the model's. Of the
+    checkpoint's generation settings both take the end tokens alone."""
     from siftrl.rollout import VLLMEngine
 
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    settings = {"eos_token_id": [1, 40], "repetition_penalty": 5.0, "top_k": 1, "no_repeat_ngram_size": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    tiny_model = str(tmp_path)
+    engine = TransformersEngine(
+        AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    )
     # a step takes 64 tokens: the long prompts below come in turns, and none may be split
     vllm: Any = VLLMEngine.from_path(tiny_model, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=64)
     long = tokens(engine, *["1+1=" * 9] * 20)
+    assert vllm.eos_ids == engine.eos_ids == [1, 40]
     turns = [vllm.generate(long, Sampling(6), row_seeds(1, rows=range(20))) for _ in range(2)]
     assert turns[0].ids == turns[1].ids and len(set(map(tuple, turns[0].ids))) > 10
     # 36 tokens: one block of 32, which the first copy computes, the others find, and the second call finds throughout
@@ -137,6 +149,8 @@ def test_vllm_draws_what_transformers_would(tiny_model: str, engine: Transformer
     drawn = vllm.generate(prompts, Sampling(6), seeds)
     assert drawn.ids == vllm.generate(prompts, Sampling(6), seeds).ids
     assert drawn.ids != vllm.generate(prompts, Sampling(6), row_seeds(4, rows=range(3))).ids
+    many = vllm.generate(prompts * 60, Sampling(6), row_seeds(5, rows=range(180))).ids
+    assert any(ids[-1] == 40 for ids in many) and not any(40 in ids[:-1] for ids in many)
     for prompt, ids, logprobs in zip(prompts, drawn.ids, drawn.logprobs, strict=True):
         expected = engine.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         for place, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):

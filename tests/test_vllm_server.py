@@ -69,7 +69,10 @@ def test_rollouts_come_from_the_server_and_stale_weights_are_seen(trainer: GRPOT
     )
     prompts = [trainer.processing_class(text)["input_ids"] for text in ("1+1=", "12+3=")]
     greedy = Sampling(6, temperature=0.0)
-    assert TrainerVLLM(trainer.vllm_generation).generate(prompts, greedy).ids == engine.generate(prompts, greedy).ids
+    assert (
+        TrainerVLLM(trainer.vllm_generation, trainer.eos_token_ids).generate(prompts, greedy).ids
+        == engine.generate(prompts, greedy).ids
+    )
     assert trainer.vllm_generation.temperature == 1.0  # the trainer's own sampling settings are back
     assert trainer.probe_engine() < 1e-5
     # the first step rolls out on the server's weights, which are the policy's; then they are one update behind

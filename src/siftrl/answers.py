@@ -176,17 +176,17 @@ def _round(value: Fraction, decimals: int) -> Fraction:
 
 # ------------------------------------------------------------------------------------------------ clock times
 
-_CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
+_CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
 
 
 def _clock(text: str) -> Clock | None:
     match = _CLOCK.fullmatch(text)
-    if match is None or int(match[1]) > 24:
+    if match is None or int(match[1]) > 24 or not (match[2] or match[4]):
         return None
     hour, half = int(match[1]), (match[4] or "").lower() or None
     if hour > 12 or hour == 0:
         half = "p" if 12 < hour < 24 else "a"
-    return Clock(hour % 12 * 3600 + int(match[2]) * 60 + int(match[3] or 0), half)
+    return Clock(hour % 12 * 3600 + int(match[2] or 0) * 60 + int(match[3] or 0), half)
 
 
 def same_time(gold: Clock, found: Clock) -> bool:
@@ -196,12 +196,14 @@ def same_time(gold: Clock, found: Clock) -> bool:
 
 # ----------------------------------------------------------------------------------------------------- answers
 
-_FUNCTIONS = "sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|theta|alpha|beta|gamma|lambda|phi|infty"
+_FUNCTIONS = "sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|cot|csc|log|ln|exp|theta|alpha|beta|gamma|lambda|phi|infty"
 _SPACES = re.compile(r"(?<!\\)\\(?:[,;:! ]|q?quad(?![A-Za-z]))|~")
 _TEXT = re.compile(r"\\(?:text|mbox|textrm|textbf|textit|textnormal|mathrm|operatorname|rm)\s*\{([^{}]*)\}")
 _BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|underline|displaystyle|mathit)\s*(?:\{([^{}]*)\})?")
-_APPROXIMATELY = r"(?:approximately|about|around|roughly|nearly|exactly|only|just|equal to|to be|a total of|\\approx|=)"
-_LEADING = re.compile(rf"^{_APPROXIMATELY}\s*", re.IGNORECASE)
+_LEADING = re.compile(
+    r"^(?:(?:approximately|about|around|roughly|nearly|exactly|only|just|equal to|to be|a total of)\b|\\approx|=)\s*",
+    re.IGNORECASE,
+)
 _SHORT_UNITS = "cm|mm|km|dm|kg|mg|ml|cl|dl|kl|oz|lb|ft|in|yd|mi|hr|ms|km/h|kmh|mph|kph|sq|cu|rs"
 # words that change the number they follow, and products of letters
 _NO_UNIT = r"(?!(?:and|or|than|times|plus|minus|divided|out|over|squared|cubed|half|halves|not|mod|if|abc|xyz)\b)"
@@ -221,10 +223,11 @@ _KNOWN_WORDS = re.compile(r"\b(?:and|or)\b")
 _WORDS_ALONE = re.compile(r"(?:^|\s)(?:is|it|of|to|no|at|if|so|am|pm)(?=[\s.,]|$)", re.IGNORECASE)
 # words of four letters and more, or of three that stand alone, but no points (ABCD) and no products (abc = 6)
 _PROSE = re.compile(
-    r"(?![A-Z]+(?![^\W\d_]))(?:[^\W\d_]{4}|(?<![^\s(])(?<![=+*/<>-] )[^\W\d_]{3}(?!\s*[=+*/^<>-])(?![^\s.,)]))"
+    r"(?![A-Z]+(?![^\W\d_]))(?:[^\W\d_]{4}"
+    r"|(?<![^\s(])(?<![=+*/<>-] )[^\W\d_]{3}(?!\s*(?:[=+*/^<>]|-(?!\d)))(?![^\s.,)]))"
 )
 _DROPPED = re.compile(r"\\(?:l|c|v|d)?dots|\.\.|\\[pb]?mod|…|\?|[–—]|\d\s*_")  # the library leaves these out
-_TWO_NUMBERS = re.compile(rf"\d\s*(?:\b(?:{_SHORT_UNITS}|[smhgl]))?\s+[\d.]|\d(?:{_SHORT_UNITS})\s*\d")
+_TWO_NUMBERS = re.compile(rf"(?<!_)\d\s*(?:\b(?:{_SHORT_UNITS}|[smhgl]))?\s+[\d.]|\d(?:{_SHORT_UNITS})\s*\d")
 _LARGE_BINOMIAL = re.compile(r"\\[dt]?binom.*(?:\d{5}|\^|!)")
 
 
@@ -233,17 +236,15 @@ def read_answer(text: str) -> Answer | None:
     prepared = _prepared(text) if len(text) <= MAX_LENGTH else ""
     if not prepared:
         return None
-    if (clock := _clock(prepared)) is not None:
-        return Answer("" if clock.half else prepared, clock=clock)
-    if (number := _number(prepared)) is not None:
-        return Answer(_latex(number, prepared), number=number)
     if _is_words(prepared):
         return _words(prepared)
-    if unit := _UNIT.match(prepared):
-        prepared = unit["value"].strip()
-        if (number := _number(prepared)) is not None:
-            return Answer(_latex(number, prepared), number=number)
-    return Answer(prepared) if _is_mathematics(prepared) else None
+    unit = _UNIT.match(prepared)
+    for value in [prepared] if unit is None else [prepared, unit["value"].strip()]:
+        if (clock := _clock(value)) is not None:
+            return Answer("" if clock.half else value, clock=clock)
+        if (number := _number(value)) is not None:
+            return Answer(_latex(number, value), number=number)
+    return Answer(value) if _is_mathematics(value) else None
 
 
 def _latex(number: Number, written: str) -> str:
@@ -269,6 +270,8 @@ def _prepared(text: str) -> str:
     text = re.sub(r"\\?sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt(?=\d)", r"\\sqrt ", text)
     text = re.sub(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", text)
+    text = re.sub(r"^\(?[A-Ea-e]\)\s+(?=[-\\\d])", "", text)  # a choice's letter
+    text = re.sub(r"(\d+) dollars? and (\d\d?) cents?", lambda match: f"{match[1]}.{match[2]:0>2}", text)
     text = re.sub(r"(\d) and a half\b", r"\1 1/2", text)
     text = re.sub(rf"({_UNSIGNED}) (hundred|thousand|million|billion|trillion|dozen)\b", _multiplied, text)
     text = re.sub(r"\\([dtc]?frac)\s+(\d)\s+(\d)", r"\\\1{\2}{\3}", text)

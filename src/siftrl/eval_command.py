@@ -21,7 +21,7 @@ from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
 from siftrl.recipe import ModelConfig
-from siftrl.reward_guard import RewardError, load_rewards
+from siftrl.reward_guard import RewardError, close_rewards, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
 from siftrl.row_shapes import encode_prompts
 from siftrl.run import plain
@@ -52,6 +52,8 @@ def run_plan(plan: EvalPlan) -> int:
                 )
         except RewardError as error:
             raise ValueError(f"{one.name}: {error}" if len(plan.sets) > 1 else str(error)) from error
+        finally:
+            close_rewards(functions)
         found = summarise([report], plan.ks or None)
         errors = report.pass_at_k_errors(plan.ks or None)
         named = [reward.name for reward in one.rewards]

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from siftrl import distributed
+from siftrl.reward_guard import check_finite
 from siftrl.rollout import Engine, Sampling
 from siftrl.row_shapes import Prompt, encode_prompts, text_of
 
@@ -131,7 +132,8 @@ def score(
     A missing reward counts as 0 beside others; NaN where every reward is missing.
     """
     weight = torch.tensor(list(weights), dtype=torch.float32)
-    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    arguments |= columns | {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
     scores = []
     for reward in rewards:
         values = reward(**arguments)
@@ -140,6 +142,7 @@ def score(
                 values = thread.submit(asyncio.run, _await(values)).result()
         scores.append([math.nan if value is None else float(value) for value in values])
     per_reward = torch.tensor(scores, dtype=torch.float32).T  # [m, rewards]
+    check_finite(per_reward, weight, [getattr(reward, "__name__", type(reward).__name__) for reward in rewards])
     total = (per_reward * weight).nansum(1)
     return torch.where(per_reward.isnan().all(1), math.nan, total)
 
@@ -199,7 +202,7 @@ def evaluate(
             {name: _cells(name, cells[name]) for name in columns},
             [ids[job] for job in batch],
         )
-    ended = [bool(row) and row[-1] == tokenizer.eos_token_id for row in ids]
+    ended = [bool(row) and row[-1] in engine.eos_ids for row in ids]
     shape = (len(prompts), samples)
     lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
     return EvalReport(

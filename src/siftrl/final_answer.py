@@ -42,7 +42,9 @@ def boxed(text: str) -> tuple[int, str] | None:
 
 
 _IS = r"(?:is|are|was|be|becomes|equals?)\b(?!\s+not\b)|="
-_ANSWER = re.compile(rf"\banswers?\b[^.\n:=]{{0,60}}?(?:\s(?:{_IS})\s*:?|[*_\s]*[:=])[\s*_]*", re.IGNORECASE)
+_ANSWER = re.compile(
+    rf"\b(?:answer|solution)s?\b[^.\n:=\d]{{0,60}}?(?:\s(?:{_IS})\s*:?|[*_\s]*[:=])[\s*_]*", re.IGNORECASE
+)
 _HASHES = re.compile(r"^[ \t]*#{4}[ \t]*(?=\S)", re.MULTILINE)
 _CORRECTION = re.compile(
     r"\b(?:(?:no|wait|sorry|oops|actually|correction|scratch that)\s*[,.:;!—–-]+|no wait|wait no|actually)\s+"
@@ -51,11 +53,11 @@ _CORRECTION = re.compile(
 )
 _PHRASE_ENDS = re.compile(
     r"\n|;|[.!?](?=[\s*_\"')]|$)(?<![\s\d][ap]\.)(?<![\s\d][ap]\.m\.)(?<!\bM[rs]\.)(?<!\bMrs\.)(?<!\bDr\.)"
-    r"|[,;]?\s+(?:because|since|which|where|so|as|but|not|instead|for|when)\b"
+    r"|[,;]?\s+\(?(?:because|since|which|where|so|as|but|not|instead|for|when)\b"
 )
 _RUN = re.compile(
     r"(?:\d{1,2}:[0-5]\d\s?[aApP]\.?[mM]\b\.?|\\(?:text|mbox|mathrm|textbf|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|[.:](?=\d)|,(?=\s*[-\d\\(])"
-    r"|(?<![A-Za-z\\])[B-HJ-Zb-z](?![A-Za-z'])|[^\w\n.,;:!?\\]|\d)+"
+    r"|(?<![A-Za-z\\'])[B-HJ-Zb-z](?![A-Za-z'])|[^\w\n.,;:!?\\]|\d)+"
 )
 _PLAIN = re.compile(r"(?<![\w.])-?\$?\d[\d,.]*(?<=\d)%?")
 _MAX_MARKS = 20
@@ -69,7 +71,8 @@ def final_answer(text: str, *, boxed_only: bool = False) -> Answer | None:
     directly follows a correction ("no, wait, 12"). Where nothing is marked it is the last line, if the whole of it is
     an answer, or else the last formula or number.
     """
-    text = re.sub(r"</?[A-Za-z][A-Za-z_]{2,}>", "\n", after_reasoning(text)).strip()
+    text = re.sub(r"<<[^<>\n]*>>", "", after_reasoning(text))  # GSM8K's calculator
+    text = re.sub(r"</?[A-Za-z][A-Za-z_]{2,}>", "\n", text).strip()
     text = "\n".join(map(plain_characters, text.splitlines()))
     if "\n" in text:
         text = re.sub(r"^[ \t]*[-*•][ \t]+(?=\S)", "", text, flags=re.MULTILINE)
@@ -106,7 +109,7 @@ def _within(text: str, *, last: bool) -> Answer | None:
     """The first or last formula or number among the words of `text`."""
     runs = [match[0] for match in _RUN.finditer(text[-20 * MAX_LENGTH :]) if re.search(r"\d|\\[A-Za-z]", match[0])]
     for run in (runs[::-1] if last else runs)[:_MAX_RUNS]:
-        run = re.sub(r"^[\s*:]*(?:-\s+)?", "", run)
+        run = re.sub(r"^[\s*:,]*(?:-\s+)?", "", run).rstrip(" -")
         answer = read_answer(run) or read_answer(run.rpartition("=")[2])
         if answer is None and not re.search(r"[\\^_()\[\]{}]", run) and (numbers := _PLAIN.findall(run)):
             answer = read_answer(numbers[-1 if last else 0])

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from siftrl import distributed
 from siftrl.evaluate import evaluate_on_ranks
 from siftrl.recipe import AnyStage, EvalConfig, Recipe
-from siftrl.reward_guard import load_rewards
+from siftrl.reward_guard import close_rewards, load_rewards
 from siftrl.rollout import Sampling
 from siftrl.run import write_json
 from siftrl.trainers.held_out import held_out_loss, policy_engine
@@ -34,13 +34,16 @@ def measurement(recipe: Recipe, stage: AnyStage, trainer: Any, rows: Dataset, to
     if stage.kind == "dpo" or not recipe.measures_rewards(stage):
         return lambda: held_out_loss(trainer)
     sampling = Sampling(**stage.eval_sampling())
-    rewards, weights = load_rewards(recipe.rewards_of(stage))
     options["progress"] = distributed.is_main() and not trainer.args.disable_tqdm
 
     def loss_and_rewards() -> dict[str, Any]:
         loss = held_out_loss(trainer)
-        with policy_engine(trainer, tokenizer) as engine:
-            return loss | evaluate_on_ranks(engine, tokenizer, rows, rewards, weights, sampling, **options)
+        rewards, weights = load_rewards(recipe.rewards_of(stage))
+        try:
+            with policy_engine(trainer, tokenizer) as engine:
+                return loss | evaluate_on_ranks(engine, tokenizer, rows, rewards, weights, sampling, **options)
+        finally:
+            close_rewards(rewards)
 
     return loss_and_rewards
 

@@ -79,6 +79,17 @@ class Parts:
 BY_STRUCTURE = PartNames()
 
 
+def check_adapters(model: nn.Module, what: str) -> None:
+    """Refuse PEFT's prompt learning, which puts tokens or a cache of its own before each row: positions are not the
+    rows' then, and modules below the wrapper do not see them. what: the option that reads the model below it."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"{what}, which does not work with {type(adapter).__name__}: prompt learning puts tokens of its own "
+                "before each row; train LoRA adapters instead"
+            )
+
+
 def find_parts(model: nn.Module, names: PartNames = BY_STRUCTURE, *, need_value: bool = True) -> Parts:
     """The parts of a transformers causal language model, or of PEFT's wrapper around one.
 

@@ -27,14 +27,14 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from siftrl import distributed, models, plugins, state
+from siftrl import distributed, end_tokens, models, origin, plugins, precision, state
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
 from siftrl.held_out import HeldOut, measurement
 from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
-from siftrl.reward_guard import load_rewards
+from siftrl.reward_guard import close_rewards, load_rewards
 from siftrl.rollout import RolloutOptions, free_memory
 from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
@@ -59,6 +59,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> None:
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     folder = recipe.run_folder
+    if torch.backends.mps.is_available():
+        logger.warning("Apple's GPU (MPS) is not used: siftrl runs on CUDA GPUs and on CPUs, here on the CPU")
     transformers_logging.disable_progress_bar()  # one bar a stage is enough; downloads keep theirs
     datasets.disable_progress_bars()
     distributed.open_group(deepspeed=recipe.distribution.deepspeed is not None)
@@ -137,6 +139,9 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
         )
+    _settle_turn_end(stage, trainer, tokenizer, data)
+    if model.quantize is not None and not trainer.is_deepspeed_enabled:
+        precision.adapters_in_float32(trainer.model)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
@@ -162,6 +167,8 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         )
     if held_out is not None:
         held_out.finish()
+    if isinstance(stage, GRPOStage):
+        close_rewards(trainer.reward_funcs)
     _save_model(trainer, tokenizer, done, model)
     report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": held_out.results if held_out else {}}
     report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
@@ -198,7 +205,7 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         "save_total_limit": recipe.checkpoint.keep,
         "deepspeed": deepspeed_config(recipe, cpu=on_cpu),
         "report_to": "none",
-        "bf16": not on_cpu,
+        "trust_remote_code": recipe.model.trust_remote_code,
         "dataloader_pin_memory": not on_cpu,
         "use_cpu": on_cpu,  # without it transformers takes a machine without a GPU for one process
     }
@@ -223,6 +230,8 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         if rollout.engine == "vllm":
             options |= {
                 "vllm_mode": rollout.mode,
+                # scripts/bench_engine_noise.py measured which keeps the gradient of long completions
+                "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_gpu_memory_utilization": rollout.gpu_memory_utilization,
                 "vllm_tensor_parallel_size": rollout.tensor_parallel_size,
                 "vllm_max_model_length": rollout.max_model_len,
@@ -230,7 +239,8 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
                 "vllm_server_base_url": rollout.server_url,
                 "vllm_server_timeout": rollout.server_timeout,
             }
-    return options | stage.trainer
+    asked = precision.mixed_precision(stage.trainer, gpu=not on_cpu, gpu_has_bfloat16=precision.gpu_has_bfloat16())
+    return options | stage.trainer | asked
 
 
 def _grpo_trainer(
@@ -320,6 +330,24 @@ def _row_trainer(
     )
 
 
+def _settle_turn_end(stage: AnyStage, trainer: Any, tokenizer: Any, data: DataSplits) -> None:
+    """A model that learns conversations gets the end token that its chat template ends an assistant's turn with."""
+    if isinstance(data.train[0]["prompt"], str):
+        return
+    if not isinstance(stage, GRPOStage):
+        if (why := end_tokens.stop_at_turn_end(trainer.model, tokenizer)) and distributed.is_main():
+            logger.warning("stage %s: the model learns no token that ends its turns: %s", stage.name, why)
+        return
+    token = end_tokens.turn_end(tokenizer)
+    if isinstance(token, int) and token not in trainer.eos_token_ids and distributed.is_main():
+        logger.warning(
+            "stage %s: completions do not stop at %s, which ends an assistant's turn in the chat template: it is not "
+            "in eos_token_id of the model's generation_config.json; add it there, or train the model by chat SFT first",
+            stage.name,
+            tokenizer.convert_ids_to_tokens(token),
+        )
+
+
 def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     """What every trainer gets for choosing rows inside a batch."""
     from siftrl.parts import PartNames
@@ -345,11 +373,10 @@ def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) 
         trainer.save_model(str(folder / "adapter"))
         distributed.barrier()
         if distributed.is_main():
-            from peft import AutoPeftModelForCausalLM
-
-            # merged from the base as it is stored: a quantised base would lose precision in the merge
-            merged = AutoPeftModelForCausalLM.from_pretrained(str(folder / "adapter"), dtype="auto")
-            merged.merge_and_unload().save_pretrained(str(folder))
+            assert model.path is not None
+            policy, kwargs = trainer.accelerator.unwrap_model(trainer.model), trainer.args.model_init_kwargs
+            merged = origin.merge_adapter(policy, model.path, folder / "adapter", model.dtype, kwargs)
+            merged.save_pretrained(str(folder))
     if distributed.is_main():
         tokenizer.save_pretrained(str(folder))
     distributed.barrier()

@@ -20,7 +20,7 @@ from siftrl.model_files import ModelFiles, check_model
 from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
-from siftrl.reward_columns import TRL_ARGUMENTS
+from siftrl.reward_columns import TRL_ARGUMENTS, compiled, gold_text
 from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row, shorten, template_columns
 
 HEAD_ROWS = 100
@@ -295,17 +295,23 @@ def _check_reward_columns(rewards: Sequence[RewardConfig], columns: set[str], ke
 
 
 def _check_golds(rewards: Sequence[RewardConfig], rows: Sequence[Mapping[str, Any]], path: str, key: Key) -> None:
-    """Whether the option `gold` of siftrl's own rewards finds an answer in some of the rows."""
+    """Whether siftrl's own rewards that compare with an answer find one in some of the rows."""
     for index, reward in enumerate(rewards):
         plugin, pattern = plugins.find("reward", reward.name), reward.options.get("gold")
-        if pattern is None or not plugin.module.startswith("siftrl.rewards."):
+        if not plugin.module.startswith("siftrl.rewards.") or "gold" not in plugin.fields:
             continue
+        finder = compiled("gold", pattern)
         for alternatives in plugins.columns_read(plugin, reward.options) or ():
-            cells = [row[name] for name in alternatives if name in rows[0] for row in rows if row[name] is not None]
-            if cells and not any(re.search(pattern, str(cell), re.DOTALL) for cell in cells):
+            there = [name for name in alternatives if name in rows[0]]
+            cells = [(name, row[name]) for name in there for row in rows if row[name] is not None]
+            try:
+                found = [gold_text(cell, finder, reward.name, name) for name, cell in cells]
+            except ValueError as error:
+                raise RecipeError(str(error), *key, index) from None
+            if cells and not any(found):
                 problem = f"{pattern!r} finds no answer in the first {len(rows)} rows of {path}, for example in"
-                example = repr(shorten(str(cells[0]), 80))
-                raise RecipeError(f"{problem} {example}", *key, index, "options", "gold")
+                example = repr(shorten(str(cells[0][1]), 80))
+                raise RecipeError(f"{problem} {example}", *key, index, *(("options", "gold") if pattern else ()))
 
 
 def _note_undeclared(reward: RewardConfig, key: Key, lines: list[str]) -> tuple[tuple[str, ...], ...] | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.deepspeed_config import deepspeed_config
+from siftrl.generation_rules import check_generation
 from siftrl.plugin_source import Module, dataclass_fields, parse
 from siftrl.recipe_sections import DataConfig, RewardConfig, RolloutConfig
 from siftrl.recipe_text import Key, RecipeError, choose, near
@@ -41,6 +42,7 @@ _NOT_WITH_A_BATCH_SELECTOR = {
     "grpo": _IN_ALL | {"remove_unused_columns": (False, "completions are told apart by a column of their own")},
 }
 """TRL's options that batch selection cannot work with, by kind of stage: option -> (its harmless value, why)."""
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _ENGINE_ARGS_OWNED = {
     "model": "model.path",
     "tokenizer": "model.path",
@@ -65,6 +67,7 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
     if recipe.distribution.deepspeed is not None:
         need("deepspeed", "distribution", "deepspeed")
         deepspeed_config(recipe)
+    _check_precision(recipe)
     _check_names(recipe)
     if recipe.data:
         _check_data(recipe.data, ("data",), need)
@@ -73,6 +76,21 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
         _check_stage(recipe, stage, ("stages", index), world_size, need)
         if check_installed:
             with_key(check_trainer_packages, stage.trainer, key=("stages", index, "trainer"))
+
+
+def _check_precision(recipe: Recipe) -> None:
+    """Weights that are trained in 16 bits need float32 copies of them, which DeepSpeed keeps."""
+    dtype = recipe.model.dtype
+    if dtype not in ("bfloat16", "float16") or recipe.model.lora is not None:
+        return
+    settings = deepspeed_config(recipe) or {}
+    if any(settings.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
+        return
+    problem = f"weights trained in {dtype} lose an update of less than 1/256 of a weight; remove it (weights are then"
+    cure = (
+        "held in float32, and a GPU computes in bfloat16 all the same), or write `lora` or a `distribution.deepspeed`"
+    )
+    raise RecipeError(f"{problem} {cure} with bf16", "model", "dtype")
 
 
 def require_installed(package: str, *key: str | int) -> None:
@@ -209,6 +227,7 @@ def check_context(recipe: Recipe, stage: AnyStage, positions: int, key: Key) -> 
 def _check_rollout(
     rollout: RolloutConfig, recipe: Recipe, stage: GRPOStage, key: Key, world_size: int, need: Any
 ) -> None:
+    _check_generation(rollout, stage, key)
     default = RolloutConfig()
     colocated_only = ("engine_args", "gpu_memory_utilization", "tensor_parallel_size", "max_model_len", "sleep")
     server_only = ("server_url", "server_timeout")
@@ -244,6 +263,18 @@ def _check_rollout(
         if rollout.max_model_len < needed:
             parts = f"{prompt or 1} prompt and {rollout.max_completion_tokens} completion tokens"
             raise RecipeError(f"{rollout.max_model_len} has no room for {parts}; write {needed}", *key, "max_model_len")
+
+
+def _check_generation(rollout: RolloutConfig, stage: GRPOStage, key: Key) -> None:
+    """See `siftrl.generation_rules`; its options are keys of `rollout`, or stand under `trainer`."""
+    sampling = {name: getattr(rollout, name) for name in _SAMPLING}
+    options = sampling | {"use_vllm": rollout.engine == "vllm", "vllm_mode": rollout.mode} | stage.trainer
+    seeded = bool(stage.prompt_selector or stage.batch_selectors) if rollout.seeded is None else rollout.seeded
+    try:
+        check_generation(options, seeded=seeded)
+    except RecipeError as error:
+        section = key if error.key[0] in _SAMPLING else (*key[:-1], "trainer")
+        raise RecipeError(error.problem, *section, *error.key) from None
 
 
 def _check_rewards(rewards: list[RewardConfig], key: Key, need: Any) -> None:

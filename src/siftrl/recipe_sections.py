@@ -192,7 +192,10 @@ class RewardConfig(Section):
     name: str
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     time_limit: Positive | None = 60.0
-    """Seconds that one call may take; null: no limit."""
+    """Seconds that a call with up to 64 rows may take, in proportion for more; null: no limit."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Most processes that judge, on each rank, for a reward that judges row by row; null: this rank's share of the
+    cores, 8 at most; 0: the trainer's own process."""
     on_error: Literal["stop", "missing"] = "stop"
     """When it raises, hangs, or returns NaN or the wrong count: stop the run, or score those rows as missing."""
     options: dict[str, Any] = {}

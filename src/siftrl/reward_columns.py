@@ -54,10 +54,10 @@ def tagged(text: str, tag: str) -> str | None:
     return inner.strip() if opened and closed else None
 
 
-def compiled(option: str, pattern: str | None) -> re.Pattern[str] | None:
+def compiled(option: str, pattern: str | None, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str] | None:
     """A reward's option as a regular expression. Raises ValueError that names the option."""
     try:
-        return None if pattern is None else re.compile(pattern, re.DOTALL)
+        return None if pattern is None else re.compile(pattern, flags)
     except re.error as error:
         raise ValueError(f"{option}: {pattern!r} is no regular expression: {error}") from error
 

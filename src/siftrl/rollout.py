@@ -31,6 +31,8 @@ from transformers import (
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 
+from siftrl.end_tokens import end_tokens, without_generation_config
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -79,7 +81,12 @@ class Completions:
 
 
 class Engine(Protocol):
-    """Draws one completion for each prompt. A prompt that is wanted G times is given G times."""
+    """Draws one completion for each prompt. A prompt that is wanted G times is given G times.
+
+    eos_ids: tokens that end a completion.
+    """
+
+    eos_ids: list[int]
 
     def generate(
         self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
@@ -143,10 +150,17 @@ class TransformersEngine:
     """Rollouts through `model.generate`."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int] | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: list[int] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
+        """eos_ids: tokens that end a completion; None: the tokenizer's, and those that the model declares.
+        settings: further entries of transformers' `GenerationConfig`."""
+        self.settings = settings or {}
         self.model, self.tokenizer = model, tokenizer
-        self.eos_ids = eos_ids or [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+        self.eos_ids = eos_ids or end_tokens(model.generation_config, tokenizer)
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
@@ -170,14 +184,15 @@ class TransformersEngine:
             pad_token_id=pad,
             eos_token_id=self.eos_ids,
             disable_compile=True,
-            **options,
+            **(self.settings | options),
         )
         was_training = self.model.training
         self.model.eval()
         try:
-            rows = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-            )
+            with without_generation_config(self.model):
+                rows = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+                )
         finally:
             self.model.train(was_training)
         return Completions(
@@ -225,6 +240,8 @@ class VLLMEngine:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        declared = llm.llm_engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+        self.eos_ids = end_tokens(GenerationConfig(eos_token_id=declared), llm.get_tokenizer())  # type: ignore[arg-type]
 
     @classmethod
     def from_path(cls, path: str, **engine_args: Any) -> VLLMEngine:
@@ -309,9 +326,17 @@ class ColocatedVLLM(VLLMGeneration):
             self.llm.sleep(level=2)
             self._llm_weights_sleeping, self._cache_awake = True, False
 
-    def generate_seeded(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None) -> Completions:
-        """Like `generate`, for text prompts on one engine a rank that is awake, with a seed for each completion."""
-        return vllm_generate(self.llm, prompt_ids, sampling, seeds, **self.generation_kwargs)
+    def request_options(self) -> dict[str, Any]:
+        """What TRL's `generate` asks of each request besides the sampling settings."""
+        from vllm.sampling_params import StructuredOutputsParams
+
+        options = dict(self.generation_kwargs)
+        pattern = options.get("structured_outputs")
+        if self.structured_outputs_regex is not None:
+            options["structured_outputs"] = StructuredOutputsParams(regex=self.structured_outputs_regex)
+        elif isinstance(pattern, dict):
+            options["structured_outputs"] = StructuredOutputsParams(**pattern)
+        return options
 
 
 def free_memory() -> None:
@@ -329,14 +354,18 @@ def free_memory() -> None:
 class TrainerVLLM:
     """The trainer's own vLLM as an `Engine`, for evaluation and rollouts of text prompts."""
 
-    def __init__(self, generation: VLLMGeneration) -> None:
-        self.generation = generation
+    def __init__(self, generation: VLLMGeneration, eos_ids: list[int], *, plain: bool = False) -> None:
+        """plain: draw from the model's whole distribution, whatever patterns and penalties the rollouts obey."""
+        self.generation, self.eos_ids, self.plain = generation, eos_ids, plain
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
         if isinstance(self.generation, ColocatedVLLM) and self.generation.mode == "colocate":
-            return self.generation.generate_seeded(prompt_ids, sampling, seeds)
+            options = {"stop_token_ids": self.eos_ids} if self.plain else self.generation.request_options()
+            return vllm_generate(self.generation.llm, prompt_ids, sampling, seeds, **options)
         changed = asdict(sampling) | {"max_completion_length": sampling.max_tokens}
         del changed["max_tokens"]
+        if self.plain:
+            changed |= {"generation_kwargs": {"stop_token_ids": self.eos_ids}, "structured_outputs_regex": None}
         before = {name: getattr(self.generation, name) for name in changed}
         try:  # a server takes its sampling settings from the client's attributes
             vars(self.generation).update(changed)

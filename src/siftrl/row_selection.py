@@ -18,6 +18,7 @@ from siftrl.batch_selection import Link
 from siftrl.budget import Budget
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import Scorer
+from siftrl.signals import LossWeight
 from siftrl.types import BatchSelector, Selection, Signals
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ Figures = dict[str, float]
 
 
 class RowSelection:
-    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same.
+    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same,
+    which the trainer checks of what it trains on (`distributed.check_same`).
 
     Args:
         chain: the selectors with what each keeps; empty: all rows that may be chosen are.
@@ -77,7 +79,7 @@ class RowSelection:
         adds rows to what the selectors chose.
         """
         scored = finite = torch.zeros(len(signals), dtype=torch.bool)
-        finite = ~finite
+        finite, masked = ~finite, finite.clone()
 
         def score(places: Tensor) -> tuple[dict[Hashable, Any], Tensor]:
             seed = int(torch.randint(2**31, (), generator=self.generator))
@@ -91,6 +93,11 @@ class RowSelection:
                     f"step {step}: every candidate row has a NaN or infinite {names}: the "
                     "model diverged, or the data breaks it; lower learning_rate. The last checkpoint is untouched"
                 )
+            weights = tensors.pop(LossWeight(), None)
+            if weights is not None:
+                masked[places] = good & (weights == 0)
+                if (good & (weights != 0)).any():  # else nothing is left to choose from but rows without a weight
+                    good = good & (weights != 0)
             return tensors, good
 
         limit = self._affordable(len(signals), usable)
@@ -98,12 +105,14 @@ class RowSelection:
         if usable.any():
             selection = batch_selection.choose(self.chain, signals, usable, self.generator, score, limit)
         selection = complete(selection) if complete is not None else selection
-        distributed.check_same(selection.indices, f"the rows of step {step}")
         self._scored_last = int(scored.sum())
         self.rows_scored += self._scored_last
         figures = self._account(signals, selection, scored, finite)
+        if masked.any():
+            figures["no_weight"] = float(masked.sum())
         if self.recorder is not None and distributed.is_main():
-            why = [note if good else "not finite" for note, good in zip(notes, finite.tolist(), strict=True)]
+            state = zip(notes, finite.tolist(), masked.tolist(), strict=True)
+            why = ["not finite" if not good else "no weight" if zero else note for note, good, zero in state]
             self.recorder.batch(step, signals, selection, why)
         return selection, figures
 

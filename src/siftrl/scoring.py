@@ -8,7 +8,7 @@ the signals do not depend on it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -19,9 +19,9 @@ from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from siftrl import distributed, logits
 from siftrl.gradients import Perturbed, RowGradient, RowGradients, direction, factored
-from siftrl.parts import BY_STRUCTURE, PartNames, Parts, evaluation_mode, find_parts
-from siftrl.signals import Embedding, ReferenceLoss, Signal, ValueGradient
-from siftrl.value import whole_model
+from siftrl.origin import loading_options, whole_model
+from siftrl.parts import BY_STRUCTURE, PartNames, Parts, check_adapters, evaluation_mode, find_parts
+from siftrl.signals import Embedding, LossWeight, ReferenceLoss, Signal, ValueGradient
 
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], dict[str, Tensor]]
@@ -39,7 +39,9 @@ class Scorer:
         precision: the context that training computes its loss in (autocast).
         names: where the model's parts are, if its structure does not tell.
         row_losses: the loss whose gradient a row stands for, float32 [B]; None: the mean over its tokens.
+        row_weights: what the loss multiplies each row by, float32 [B], measured as `LossWeight`; None: all the same.
         temperature: what the loss divides the logits by, as TRL's GRPO does.
+        init_kwargs: what the model was loaded with, for reference models (`siftrl.origin.loading_options`).
     """
 
     def __init__(
@@ -53,19 +55,25 @@ class Scorer:
         precision: Callable[[], AbstractContextManager[Any]],
         names: PartNames = BY_STRUCTURE,
         row_losses: Callable[[ScoredBatch], Tensor] | None = None,
+        row_weights: Callable[[ScoredBatch], Tensor] | None = None,
         temperature: float = 1.0,
+        init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.temperature = temperature
-        self.row_losses = row_losses or mean_losses
-        self.model, self.collate = model, collate
+        self.row_losses, self.row_weights = row_losses or mean_losses, row_weights
+        needs = [*needs, *([LossWeight()] if row_weights is not None else [])]
         self.needs = sorted(needs, key=repr)  # one order on all ranks: what follows are collectives
+        self.model, self.collate = model, collate
+        if self.needs:
+            names_of_needs = ", ".join(type(signal).__name__ for signal in self.needs)
+            check_adapters(model, f"a batch_selector reads signals of the model ({names_of_needs})")
         self.micro_batch_size, self.device, self.precision = micro_batch_size, device, precision
         self.names = names
         self.takes_output = any(signal.takes_output for signal in self.needs)
         self.gradients = [signal for signal in self.needs if isinstance(signal, ValueGradient)]
         self.backward = any(signal.estimate == "exact" for signal in self.gradients)
         references = [signal.model for signal in self.needs if isinstance(signal, ReferenceLoss)]
-        self.references = {path: Reference(path, model, device, temperature) for path in references}
+        self.references = {path: Reference(path, model, device, temperature, init_kwargs) for path in references}
         self.seed = 0  # of this pass's random directions
         self.shapes: dict[int, tuple[int, int]] = {}  # site -> its matrix's shape, known once it has run
         self._parts: Parts | None = None
@@ -329,9 +337,17 @@ class Head:
 class Reference:
     """A frozen model whose losses rows are compared with; a row is measured when it is first a candidate."""
 
-    def __init__(self, path: str, policy: nn.Module, device: torch.device, temperature: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        policy: nn.Module,
+        device: torch.device,
+        temperature: float,
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        options = loading_options(policy, path, init_kwargs)
         with whole_model():
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
         ours, theirs = (m.config.get_text_config().vocab_size for m in (policy, self.model))  # type: ignore[union-attr, operator]
         if ours != theirs:
             raise ValueError(

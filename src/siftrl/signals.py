@@ -105,6 +105,20 @@ class Embedding(Signal):
 
 
 @dataclass(frozen=True)
+class LossWeight(Signal):
+    """float32 [B]: what the loss multiplies the row by (`Scorer`'s `row_weights`); rows at 0 are not chosen."""
+
+    takes_output: ClassVar[bool] = True
+
+    def of(self, batch: ScoredBatch) -> Tensor:
+        assert batch.scorer.row_weights is not None
+        return batch.scorer.row_weights(batch)
+
+    def of_policy(self, batch: ScoredBatch, advantages: Tensor) -> Tensor:
+        return self.of(batch)
+
+
+@dataclass(frozen=True)
 class GradientNorm(Signal):
     """float32 [B]: the norm of the gradient of the row's mean loss with respect to the head's weight; exact."""
 

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +29,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from siftrl import distributed
 from siftrl.calibration import group_statistics
 from siftrl.fields import Count, ModelPath, NonNegative, Positive, Rate
+from siftrl.origin import loading_options, whole, whole_model
+from siftrl.parts import check_adapters
 from siftrl.types import Prediction
 
 HiddenStates = Callable[[Tensor, Tensor], Tensor]
@@ -223,20 +224,32 @@ class ValueModel(nn.Module):
 
 
 def build(
-    config: ValueConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+    config: ValueConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | str,
+    init_kwargs: Mapping[str, Any] | None = None,
 ) -> ValueModel:
-    """The value model for a policy. Its body starts from `config.model`, or from where the policy started."""
+    """The value model for a policy. Its body starts from `config.model`, or from where the policy started.
+
+    init_kwargs: what the policy was loaded with, see `siftrl.origin.loading_options`.
+    """
     hidden_size = policy.config.get_text_config().hidden_size
     if config.body == "policy":
+        check_adapters(policy, "`body: policy` of a value model reads the policy's hidden states")
         return ValueModel(config, tokenizer, hidden_size, None, device)
     # bfloat16 would round away an update of less than 1/256 of a weight
     dtype = torch.float32 if config.train == "full" else getattr(torch, config.dtype)
     path = config.model or policy.config._name_or_path
     if path:
+        options = loading_options(policy, path, init_kwargs)
+        if config.dtype == "float32" and "flash" in options.get("attn_implementation", ""):
+            del options["attn_implementation"]  # flash attention has no float32
         with whole_model():
-            body = AutoModel.from_pretrained(path, dtype=dtype)
+            body = AutoModel.from_pretrained(path, dtype=dtype, **options)
         if config.model:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
+            options.pop("attn_implementation", None)
+            tokenizer = AutoTokenizer.from_pretrained(config.model, **options)
     elif any(hasattr(p, "ds_id") for p in policy.parameters()):
         raise ValueError(
             "the value model cannot be copied from a policy that ZeRO-3 has sharded and that has no folder or hub "
@@ -250,8 +263,7 @@ def build(
 
 def decoder(model: nn.Module) -> PreTrainedModel:
     """The stack of blocks below the head, through PEFT's wrapper where there is one."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return base.base_model
+    return whole(model).base_model
 
 
 def _with_lora(body: PreTrainedModel, lora_rank: int) -> PreTrainedModel:
@@ -263,16 +275,3 @@ def _with_lora(body: PreTrainedModel, lora_rank: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the ranks' own random states differ, and their copies must not
         return get_peft_model(body, settings)  # type: ignore[return-value]
-
-
-@contextmanager
-def whole_model() -> Iterator[None]:
-    """Load a model whole: under ZeRO-3 transformers would shard every model it loads."""
-    from transformers.integrations import deepspeed as integration
-
-    reference = integration._hf_deepspeed_config_weak_ref
-    integration._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = reference

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from siftrl import distributed, state
+from siftrl import distributed, precision, state
 from siftrl.health import Health
 from siftrl.row_selection import RowSelection, check_chain
 from siftrl.run import Clock, Recorder
@@ -39,6 +39,8 @@ class SiftMixin:
         self.clock = Clock()
         self.health = Health(halt_on_no_signal)
         self._started = time.perf_counter()
+        if self.accelerator.device.type == "mps":
+            raise ValueError("siftrl does not run on Apple's GPU (MPS): write use_cpu=True in the trainer's arguments")
         self.add_callback(_OptimizerTimer(self.clock))  # type: ignore[attr-defined]
         self.add_callback(_Watch(self))  # type: ignore[attr-defined]
 
@@ -46,6 +48,20 @@ class SiftMixin:
         """Say it now, and again in the run's summary."""
         self.health.warnings.append(text)
         _say(text)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        why = precision.rounded_updates(self.model.parameters(), self.args, self._has_float32_masters)
+        if why and distributed.is_main():
+            logger.warning("%s", why)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def _has_float32_masters(self) -> bool:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        settings = plugin.deepspeed_config if plugin is not None else {}
+        on = {"bf16": self.args.bf16, "fp16": self.args.fp16}
+        asked = {name: settings.get(name, {}).get("enabled", False) for name in on}
+        return any(on[name] if asked[name] == "auto" else asked[name] for name in on)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # resumed from a checkpoint at the last step, transformers would train one step more

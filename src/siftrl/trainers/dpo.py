@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from trl import DPOConfig
 from trl import DPOTrainer as TRLDPOTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from siftrl.batch_selection import Chain, Link, needs_of
+from siftrl.origin import reference_loader
 from siftrl.pairs import OF_THE_LOSS, PAIR_LOSSES, PairLoss, PairScorer, check_signals
 from siftrl.parts import BY_STRUCTURE, PartNames
 from siftrl.policy import scale_gradient
+from siftrl.rollout import replaced
 from siftrl.run import Recorder
 from siftrl.scoring import Rows
 from siftrl.trainers.base import SiftMixin
@@ -74,7 +77,9 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
         if self.chain:
             _check(self.chain, wanted)
             args = planned
-        super().__init__(model, ref_model, args, *positional, **kwargs)
+        load = reference_loader(dpo_trainer.create_model_from_path, model)
+        with replaced(dpo_trainer, "create_model_from_path", load):
+            super().__init__(model, ref_model, args, *positional, **kwargs)
         self._init_sift(recorder)
         if self.chain:
             self._check_data()
@@ -88,6 +93,7 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
                 device=self.accelerator.device,
                 precision=self.accelerator.autocast,
                 names=parts,
+                init_kwargs=self.args.model_init_kwargs,
                 loss=PairLoss(self.loss_types, self.loss_weights, self.beta, self.label_smoothing, wanted.discopop_tau),
             )
             self._set_up_rows("dpo", scorer, source_column, max_overhead)

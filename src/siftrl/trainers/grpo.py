@@ -24,11 +24,15 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from siftrl import calibration, distributed, lengths, plugins, state, value
+from siftrl import calibration, distributed, lengths, plugins, policy, state, value
 from siftrl.batch_selection import Chain
+from siftrl.generation_rules import check_generation, logprobs_mode
+from siftrl.origin import loading_options, reference_loader
 from siftrl.parts import BY_STRUCTURE, PartNames
+from siftrl.reward_guard import RewardError, check_finite, load_reward_states, reward_states
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
+from siftrl.selection_checks import check_accepted, check_selection
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
 from siftrl.trainers.rollouts import RolloutsMixin
@@ -112,6 +116,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.prompt_selector = prompt_selector
         wanted = args or GRPOConfig()
         args = self._plan_rows(wanted, batch_selector, keep, skip_zero_advantage)
+        selects = prompt_selector is not None or bool(self.chain)
+        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
+        check_generation(vars(wanted), seeded=self.seeded)
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if selects and kwargs.get(name):
+                raise ValueError(
+                    f"{name} does not work with prompt_selector or batch_selector: completions of several turns are "
+                    "neither seeded nor compared yet; remove the selectors, or it"
+                )
         self.rollouts = 0  # completions generated for training, over all ranks
         self.generated_tokens = 0  # their tokens
         self._turn = 0  # calls of the engine so far: part of each completion's seed
@@ -119,13 +132,15 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self._row_numbers: list[int] | None = None  # of this rank's completions under way, in the selection
         self.lengths = lengths.ExpectedLength()
         self._train_sampler: EpochRepeatSampler | None = None
-        with replaced(grpo_trainer, "VLLMGeneration", self._build_vllm):
+        load = reference_loader(grpo_trainer.create_model_from_path, model)
+        with (
+            replaced(grpo_trainer, "VLLMGeneration", self._build_vllm),
+            replaced(grpo_trainer, "create_model_from_path", load),
+        ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self._init_sift(recorder, halt_on_no_signal)
         if batch_selector is not None and not self.chain:
             self.warn("batch_selector keeps all completions, so none is chosen: lower `keep`, or leave it out")
-        selects = prompt_selector is not None or bool(self.chain)
-        self.seeded = self.rollout.seeded if self.rollout.seeded is not None else selects
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)
@@ -138,7 +153,18 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
         kwargs["max_num_seqs"] = self._rows_per_rank * kwargs["tensor_parallel_size"]  # rolled out, not trained on
-        return ColocatedVLLM(engine_args={"dtype": dtype} | self.rollout.engine_args, **kwargs)
+        asked = kwargs["generation_kwargs"] or {}
+        stops = dict.fromkeys([*self.eos_token_ids, *asked.get("stop_token_ids", [])])  # those of both engines
+        kwargs["generation_kwargs"] = asked | {"stop_token_ids": list(stops)}
+        source = loading_options(kwargs["model"], kwargs["model"].name_or_path, self.args.model_init_kwargs)
+        theirs = {
+            "dtype": dtype,
+            "logprobs_mode": logprobs_mode(vars(self.args)),
+            "trust_remote_code": source["trust_remote_code"],
+        }
+        if "revision" in source:  # of the configuration and the tokenizer, too
+            theirs |= {"revision": source["revision"], "tokenizer_revision": source["revision"]}
+        return ColocatedVLLM(engine_args=theirs | self.rollout.engine_args, **kwargs)
 
     def _set_up_selection(self, selector: PromptSelector) -> None:
         if dataclasses.is_dataclass(selector):
@@ -151,7 +177,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self.selection_generator = torch.Generator().manual_seed(self.args.seed + 1)
         if "value" in selector.needs:
             config = getattr(selector, "value", None) or value.ValueConfig()
-            self.value_model = value.build(config, self.model, self._tokenizer, self.accelerator.device)
+            device, kwargs = self.accelerator.device, self.args.model_init_kwargs
+            self.value_model = value.build(config, self.model, self._tokenizer, device, kwargs)
         self.prompt_stream.draw(selector.num_candidates(self._prompts_per_step))  # too few rows: say so now
         self.prompt_stream = state.PromptStream(len(self.train_dataset), self.args.seed)
 
@@ -171,6 +198,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             prediction = self.value_model.predict(self._value_tokens(drawn), self._policy_hidden())
         candidates = Candidates(ids, drawn, prediction)
         selection = self.prompt_selector.propose(candidates, keep, self.selection_generator)
+        check_selection(selection, keep, len(candidates), self.prompt_selector, "prompt", weighted=False)
         distributed.check_same(selection.indices, f"the prompts of step {self.state.global_step + 1}")
         return candidates, selection
 
@@ -205,6 +233,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self._kept = self._keep_completions(batch)
             for micro_batch in self._kept:
                 self._add_log_probs(micro_batch)
+        elif "importance_sampling_ratio" in batch:
+            self._log_masked(batch["importance_sampling_ratio"], policy.loss_mask(batch))
         return batch
 
     def _roll_out(self, data_rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,7 +322,10 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
-        return batch, self.prompt_selector.accept(rewards)[order]
+        accepted = self.prompt_selector.accept(rewards)
+        check_accepted(accepted, len(rewards), self.prompt_selector)
+        distributed.check_same(accepted.long(), f"the groups that are accepted in step {self.state.global_step + 1}")
+        return batch, accepted[order]
 
     def _deal_prompts(self, candidates: Candidates, selection: Selection) -> Tensor:
         """int64 [P]: the chosen prompts' places in the selection, rank by rank, so that ranks finish together; on each
@@ -356,8 +389,13 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: Any
     ) -> Tensor:
         with self.clock("reward"):
-            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weighted = per_function * self.reward_weights.to(per_function.device)
+            try:
+                per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            except SystemExit as error:  # a reward of Python's would end the run as if it were done
+                raise RewardError(f"a reward raised SystemExit: {error}") from error
+        weights = self.reward_weights.to(per_function.device)
+        check_finite(per_function, weights, self.reward_func_names)
+        weighted = per_function * weights
         total = weighted.nansum(1)
         total[torch.isnan(per_function).all(1)] = float("nan")
         if torch.isnan(total).all():
@@ -437,12 +475,17 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self.value_model.load_state(saved["value_model"])
 
     def rank_state(self) -> dict[str, Any]:
-        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1)."""
+        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1), and
+        the states of this rank's rewards."""
         under_way = self._step % self._passes_in_rollout != 0
-        return {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        saved = {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        states = reward_states(self.reward_funcs)
+        return saved | {"rewards": states} if states else saved
 
     def load_rank_state(self, saved: dict[str, Any]) -> None:
-        self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        if "rollouts_under_way" in saved:
+            self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        load_reward_states(self.reward_funcs, saved.get("rewards", {}))
 
 
 class _EpochTeller(TrainerCallback):

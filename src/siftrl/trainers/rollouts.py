@@ -13,7 +13,9 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from siftrl import distributed, lengths
+from siftrl.end_tokens import without_generation_config
 from siftrl.evaluate import evaluate_on_ranks
+from siftrl.generation_rules import HONOURED_WITH_SEEDS, generation_kwargs
 from siftrl.rollout import (
     Completions,
     Engine,
@@ -69,7 +71,7 @@ class RolloutsMixin:
         if self.use_vllm:
             self._sync_engine()
             with self.vllm_generation.awake() if self.vllm_mode == "colocate" else nullcontext():
-                yield TrainerVLLM(self.vllm_generation)
+                yield TrainerVLLM(self.vllm_generation, list(self.eos_token_ids))
             return
         with (
             unwrap_model_for_generation(
@@ -81,7 +83,14 @@ class RolloutsMixin:
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            yield TransformersEngine(model, self._tokenizer, list(self.eos_token_ids))
+            yield TransformersEngine(model, self._tokenizer, list(self.eos_token_ids), self._generation_settings())
+
+    def _generation_settings(self) -> dict[str, Any]:
+        """Of TRL's options those that the transformers engine takes besides its sampling settings."""
+        given = generation_kwargs(vars(self.args))
+        if self.args.cache_implementation is not None:
+            given.setdefault("cache_implementation", self.args.cache_implementation)
+        return {name: value for name, value in given.items() if name in HONOURED_WITH_SEEDS}
 
     def _sampling(self) -> Sampling:
         return Sampling(
@@ -109,11 +118,12 @@ class RolloutsMixin:
             if seeded:
                 made = self._generate_seeded(prompt_ids)
             else:
-                made = Completions(
-                    *super()._generate_single_turn(  # type: ignore[misc]
-                        prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                with without_generation_config(self.model):
+                    made = Completions(
+                        *super()._generate_single_turn(  # type: ignore[misc]
+                            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                        )
                     )
-                )
         self._turn += 1
         if self.model.training:
             self._count(prompt_ids, made)
@@ -172,16 +182,17 @@ class RolloutsMixin:
         data = self.train_dataset
         first = next(iter(data)) if not hasattr(data, "__len__") else data[self.state.global_step % len(data)]
         prompt = self._tokenize_prompts([first["prompt"]])[0][0]
-        # the engine's log-probabilities are of the distribution it draws from, so no top-p or top-k here
+        # the engine's log-probabilities are of the distribution that it draws from: here the model's own
         sampling = Sampling(num_tokens, self.temperature or 1.0)
-        answer = TrainerVLLM(self.vllm_generation).generate([prompt], sampling, [self.state.global_step])
+        engine = TrainerVLLM(self.vllm_generation, list(self.eos_token_ids), plain=True)
+        answer = engine.generate([prompt], sampling, [self.state.global_step])
         tokens, theirs = answer.ids[0], answer.logprobs
         assert theirs is not None
         ids = torch.tensor([prompt + tokens], device=self.accelerator.device)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             ours, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), len(tokens))
-        engine = torch.tensor([float("nan") if p is None else p for p in theirs[0]], device=ours.device)
-        return distributed.max_number((ours[0].float() - engine).abs().mean().item())
+        reported = torch.tensor([float("nan") if p is None else p for p in theirs[0]], device=ours.device)
+        return distributed.max_number((ours[0].float() - reported).abs().mean().item())
 
     def evaluate_rewards(
         self, rows: Any, sampling: Sampling, *, samples: int = 1, batch_size: int = 256, seed: int = 0

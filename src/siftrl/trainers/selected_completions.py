@@ -119,16 +119,19 @@ class SelectedCompletionsMixin:
         self._sources, self._source_sizes = sources_of(self.train_dataset, source_column)
         if self.recorder is None:
             self.recorder = Recorder(Path(self.args.output_dir), "grpo")
+        needs = batch_selection.needs_of(self.chain)
         scorer = Scorer(
             self.model,
-            batch_selection.needs_of(self.chain),
+            needs,
             lambda rows: policy.collate(rows, self._tokenizer.pad_token_id),
             micro_batch_size=scoring_batch_size,
             device=self.accelerator.device,
             precision=self.accelerator.autocast,
             names=parts,
             row_losses=self._row_losses,
+            row_weights=self._row_weights if self._masks_rows and needs else None,
             temperature=self.temperature,
+            init_kwargs=self.args.model_init_kwargs,
         )
         self.row_selection = RowSelection(
             self.chain,
@@ -181,6 +184,7 @@ class SelectedCompletionsMixin:
                 complete=None if self._skips else fill,
             )
             whole = fill(selection)
+            distributed.check_same(whole.indices, f"the rows of step {step}", whole.weights)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
@@ -276,6 +280,17 @@ class SelectedCompletionsMixin:
         low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
         return policy.engine_corrections(log_probs, sampling, mask, self.vllm_importance_sampling_mode, low, high)
 
+    @property
+    def _masks_rows(self) -> bool:
+        """Whether the correction may take a whole completion out of the loss."""
+        return self._corrects_engine and self.vllm_importance_sampling_mode.endswith("_mask")
+
+    def _row_weights(self, batch: ScoredBatch) -> Tensor:
+        """float32 [B]: the largest correction of a row's tokens; at 0 the row has no gradient."""
+        mask = policy.bears_loss(batch)
+        corrections = self._corrections(batch.output.log_probs, batch.given["sampling"][:, 1:], mask)
+        return (corrections * mask).amax(1)
+
     def _row_losses(self, batch: ScoredBatch) -> Tensor:
         """float32 [B]: the rows' policy losses in the scoring pass."""
         mask, corrections = policy.bears_loss(batch), torch.ones_like(batch.output.log_probs)
@@ -339,6 +354,7 @@ class SelectedCompletionsMixin:
         sampling, mask = inputs["sampling_per_token_logps"], policy.loss_mask(inputs)
         inputs["importance_sampling_ratio"] = ratios = self._corrections(log_probs, sampling, mask)
         gaps = torch.nan_to_num((log_probs.float() - sampling).abs() * mask, nan=0.0)
+        self._log_masked(ratios, mask)
         if ratios.shape == mask.shape:  # token by token
             ratios, of = ratios * mask, mask.sum()
         else:
@@ -348,6 +364,13 @@ class SelectedCompletionsMixin:
         self._log_metric_value("sampling/sampling_logp_difference/mean", (counts[0] / counts[1].clamp(min=1)).item())
         self._log_metric_value("sampling/sampling_logp_difference/max", distributed.max_number(gaps.max().item()))
         self._log_metric_value("sampling/importance_sampling_ratio/mean", (counts[2] / counts[3].clamp(min=1)).item())
+
+    def _log_masked(self, ratios: Tensor, mask: Tensor) -> None:
+        """The share of completions that the correction takes out of the loss. ratios: float [B, T] or [B, 1]."""
+        rows = mask.any(1)
+        counts = torch.stack([(rows & ~((ratios != 0) & mask).any(1)).sum(), rows.sum()]).float()
+        distributed.sum_([counts])
+        self._log_metric_value("sampling/masked", (counts[0] / counts[1].clamp(min=1)).item())
 
 
 def _check(chain: Sequence[batch_selection.Link], args: GRPOConfig) -> None:

@@ -154,6 +154,7 @@ class SelectedRowsMixin(ABC):
             selection, figures = self.row_selection.choose(
                 step, rows.__getitem__, signals, some, notes, signals.ids.tolist()
             )
+            distributed.check_same(selection.indices, f"the rows of step {step}", selection.weights)
             self._log_figures(figures)
             keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1]
             self.health.chosen(int(some.sum()), keep, len(selection.indices), int(figures["rows_scored"]))

@@ -86,6 +86,7 @@ class SFTTrainer(SelectedRowsMixin, SiftMixin, TRLSFTTrainer):
                 device=self.accelerator.device,
                 precision=self.accelerator.autocast,
                 names=parts,
+                init_kwargs=self.args.model_init_kwargs,
             )
             self._set_up_rows("sft", scorer, source_column, max_overhead)
 
