@@ -192,6 +192,17 @@ def test_what_files_do_not_hold_is_refused_by_key(case: str, here: Path) -> None
     assert message in refusal(write_recipe(here), override)
 
 
+def test_the_rewards_of_an_sft_stage_see_its_targets(here: Path) -> None:
+    write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}+1=", solution=lambda i: i + 1)
+    data = {"path": "rows.jsonl", "completion": "solution", "eval": {"size": 4}}
+    recipe = write_recipe(here, SFT | {"eval": {}}, data=data)
+    assert "rewards.0.options.column: exact_match reads the column 'answer', which the data has not" in refusal(recipe)
+    for column in ("completion", "solution"):
+        assert checked(recipe, f"rewards=[{{name: exact_match, options: {{column: {column}}}}}]") == []
+    text = refusal(recipe, "rewards.0.options.column=solution", "stages.0.eval.max_completion_tokens=512")
+    assert "stages.0.eval.max_completion_tokens: the model's context of 512 tokens has no room for so many" in text
+
+
 def test_rows_of_several_forms_have_the_columns_of_all(here: Path) -> None:
     rows = [{"prompt": "1", "answer": 1}, {"prompt": "2", "solution": 2}] * 4
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

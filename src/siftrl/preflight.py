@@ -126,7 +126,7 @@ def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lin
     """Check a stage's rows; returns whether its prompts are chat messages, as far as that is known."""
     data = recipe.data_of(stage)
     data_key: Key = ("data",) if stage.data is None else (*key, "data")
-    rewards = recipe.rewards_of(stage) if stage.kind == "grpo" else []
+    rewards = recipe.rewards_of(stage) if recipe.measures_rewards(stage) else []
     reward_key: Key = ("rewards",) if stage.rewards is None else (*key, "rewards")
     columns, has_chat = _check_rows(data, stage.kind, rewards, data_key, reward_key, lines)
     numbers = batch_arithmetic(stage, world)
@@ -189,7 +189,7 @@ def _check_rows(
             _check_template(data.prompt_template, {*known, "metadata"}, key)
         what = "its tasks' settings, but for their names, and what metadata their rows have"
         lines.append(f"not checked: {dotted((*key, 'reasoning_gym'))}: {what}")
-        _check_reward_columns(rewards, known, reward_key, lines)
+        _check_reward_columns(rewards, _handed_on(known, kind), reward_key, lines)
     elif data.path is not None:
         known, is_chat = _check_source(data.path, data.split, data, kind, rewards, key, reward_key, lines)
         has_chat = has_chat or is_chat
@@ -232,7 +232,7 @@ def _check_source(
         _require(column, columns, (*named, option))
     if data.source is not None and data.reasoning_gym is None:
         _check_sources(rows, data.source, kind, columns, (*named, "source"))
-    _check_reward_columns(rewards, set(columns), reward_key, lines)
+    _check_reward_columns(rewards, _handed_on(set(columns), kind), reward_key, lines)
     _check_golds(rewards, rows, path, reward_key)
     try:
         shaped = [shape_row(row, data, kind, f"{path}: row {index}") for index, row in enumerate(rows)]
@@ -279,15 +279,18 @@ def _require(column: str, columns: Sequence[str] | set[str], key: Key) -> None:
         raise RecipeError(f"there is no column {column!r}{near(column, columns)}; the columns are {shown}", *key)
 
 
+def _handed_on(columns: set[str], kind: Kind) -> set[str]:
+    """The columns that rewards are given: in an evaluation of SFT the targets, too."""
+    return columns - set(_NOT_HANDED_ON) | ({"completion"} if kind == "sft" else set())
+
+
 def _check_reward_columns(rewards: Sequence[RewardConfig], columns: set[str], key: Key, lines: list[str]) -> None:
     for index, reward in enumerate(rewards):
         where = (*key, index)
         plugin = plugins.find("reward", reward.name)
         read = _note_undeclared(reward, where, lines) or ()
         for alternatives in read:
-            _require_one(
-                alternatives, columns - set(_NOT_HANDED_ON), reward.options, f"{reward.name} reads", where, ("options",)
-            )
+            _require_one(alternatives, columns, reward.options, f"{reward.name} reads", where, ("options",))
         for option in plugin.fields if plugin.is_function else ():
             if option in columns:
                 what = f"the data has a column of this name, too, which {reward.name} is not given"
@@ -309,9 +312,9 @@ def _check_golds(rewards: Sequence[RewardConfig], rows: Sequence[Mapping[str, An
             except ValueError as error:
                 raise RecipeError(str(error), *key, index) from None
             if cells and not any(found):
-                problem = f"{pattern!r} finds no answer in the first {len(rows)} rows of {path}, for example in"
-                example = repr(shorten(str(cells[0][1]), 80))
-                raise RecipeError(f"{problem} {example}", *key, index, *(("options", "gold") if pattern else ()))
+                what = f"{pattern!r} finds no answer" if pattern else f"{reward.name} finds no answer"
+                where = f"in the first {len(rows)} rows of {path}, for example in {shorten(str(cells[0][1]), 80)!r}"
+                raise RecipeError(f"{what} {where}", *key, index, *(("options", "gold") if pattern else ()))
 
 
 def _note_undeclared(reward: RewardConfig, key: Key, lines: list[str]) -> tuple[tuple[str, ...], ...] | None:
