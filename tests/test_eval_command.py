@@ -94,7 +94,7 @@ def test_dropped_rows_are_told(tiny_model: str, home: Path, capsys: pytest.Captu
                 "--reward",
                 "{name: exact_match, options: {column: a}}",
             ],
-            "siftrl: a: reward 'exact_match': row 0: .* no column 'a'",
+            "siftrl: --reward: a: exact_match reads the column 'a', which the data has not",
         ),
     ],
 )

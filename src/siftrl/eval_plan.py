@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from siftrl.eval_arguments import GYM_ROWS
+from siftrl.preflight import check_evaluation
 from siftrl.recipe import AnyStage, DataConfig, EvalConfig, GRPOStage, ModelConfig, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_measured, require_installed
 from siftrl.recipe_sections import Section
@@ -48,6 +49,9 @@ _OF_DATA = {
     "system_prompt": "data.system_prompt",
 }
 """Flags that say how `--data` is read, and the key that says so in a recipe."""
+
+_DATA_FLAGS = {"data.path": "--data", "data.reasoning_gym": "--data", "rewards": "--reward"}
+_MODEL_FLAGS = {"model.path": "MODEL", "max_tokens": "--max-tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,31 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
         out=args.out,
         json=args.json,
     )
+
+
+def look_at(plan: EvalPlan) -> list[str]:
+    """Look at the model's folder and at the first rows of each data set, before anything is loaded.
+
+    Returns a line for each thing that was not checked. Raises RecipeError that names the flag or the key.
+    """
+    lines: list[str] = []
+    for one in plan.sets:
+        data, names = one.data, dict(_MODEL_FLAGS)
+        if one.flags:
+            names |= {f"data.{name}": "--" + name.replace("_", "-") for name in _OF_DATA} | _DATA_FLAGS
+        elif one.held_out:
+            data = held_out_alone(data) or data
+            if one.data.eval is not None and one.data.eval.path is not None:
+                names |= {"data.path": "data.eval.path", "data.split": "data.eval.split"}
+        assert plan.model.path is not None
+        try:
+            lines += check_evaluation(
+                plan.model.path, data, one.rewards, names, kind=one.kind, max_tokens=plan.sampling["max_tokens"]
+            )
+        except RecipeError as error:
+            is_named = len(plan.sets) > 1 and not dotted(error.key).startswith(("MODEL", "--max"))
+            raise RecipeError(f"{one.name}: {error.problem}" if is_named else error.problem, *error.key) from None
+    return list(dict.fromkeys(lines))
 
 
 def _base(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> _Base:
