@@ -15,10 +15,11 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from siftrl.reward_call import Answer, Columns, Fault, bound_options, call_reward, is_async, raised, rows_of
+from siftrl.reward_call import Answer, Columns, Fault, bound_options, call_reward, is_async, raised
 from siftrl.reward_workers import Facts, Reply
 
 _F_SETSIG = 10
@@ -35,15 +36,26 @@ def serve(connection: str, lifeline: str) -> None:
         name, options, state = pickle.loads(trainer.recv_bytes())
         judge = _Judge(runner)
         trainer.send_bytes(pickle.dumps(judge.build(name, options, state)))
+        common: Columns | Fault = {}
         while True:
             try:
-                num_rows, sent = pickle.loads(trainer.recv_bytes())
+                num_rows, sent, sent_once = pickle.loads(trainer.recv_bytes())
             except EOFError:
                 return
             columns = _read(sent)
-            for row in [None] if num_rows is None else range(num_rows):
-                mine = columns if row is None or isinstance(columns, Fault) else rows_of(columns, [row], num_rows)
-                trainer.send_bytes(judge.reply(mine))
+            common = _read(sent_once) if sent_once is not None else common
+            for call in _calls(num_rows, columns, common):
+                trainer.send_bytes(judge.reply(call))
+
+
+def _calls(num_rows: int | None, columns: Columns | Fault, common: Columns | Fault) -> Iterator[Columns | Fault]:
+    """The arguments of each call: one a row with what all rows have in common, or (None) one for all of them."""
+    fault = next((part for part in (columns, common) if isinstance(part, Fault)), None)
+    for row in range(num_rows or 1):
+        if fault or num_rows is None:
+            yield fault or columns
+        else:
+            yield {name: [cells[row]] for name, cells in columns.items()} | common  # type: ignore[union-attr, operator]
 
 
 def _read(sent: bytes) -> Columns | Fault:
