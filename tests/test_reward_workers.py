@@ -230,8 +230,10 @@ def test_what_stays_in_the_trainers_process_says_so(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         assert in_worker("reads_environments")(["a"]) == [float(os.getpid())]
         assert in_worker("whole", workers=0)(["2"]) == [2.0]
+        guard(odd_rewards.whole, "live")
     assert "'odd_rewards:reads_environments': runs in the trainer's process: it reads `environments`" in caplog.text
     assert "'odd_rewards:whole': runs in the trainer's process: `workers` is 0" in caplog.text
+    assert "'live': runs in the trainer's process: it is a Python object of a script's" in caplog.text
     assert len(processes()) == before
 
 
@@ -244,6 +246,11 @@ def test_a_reward_that_holds_a_model_or_cannot_be_built_elsewhere_stays(
         "model = torch.nn.Linear(1, 1)\n"
         "def score(completions, **columns):\n    return [float(os.getpid())] * len(completions)\n"
     )
+    (tmp_path / "activation.py").write_text(
+        "import os, torch\n"
+        "model = torch.nn.GELU()\n"  # transformers keeps some: no weights, no model
+        "def score(completions, **columns):\n    return [float(os.getpid())] * len(completions)\n"
+    )
     (tmp_path / "only_here.py").write_text(
         "import os, sys\n"
         "class Score:\n"
@@ -251,8 +258,11 @@ def test_a_reward_that_holds_a_model_or_cannot_be_built_elsewhere_stays(
         "    def __call__(self, completions, **columns):\n        return [float(os.getpid())] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    rewards, _ = load_rewards([RewardConfig(name="held:score"), RewardConfig(name="only_here:Score")])
-    assert [reward(["a"]) for reward in rewards] == [[float(os.getpid())]] * 2
+    names = ["held:score", "only_here:Score", "activation:score"]
+    rewards, _ = load_rewards([RewardConfig(name=name) for name in names])
+    *here, elsewhere = [reward(["a"])[0] for reward in rewards]
+    assert here == [float(os.getpid())] * 2 and elsewhere != os.getpid()
+    close_rewards(rewards)
     assert "runs in the trainer's process: it holds a model" in caplog.text
     assert "runs in the trainer's process: building it there raised RuntimeError: no GPU" in caplog.text
 

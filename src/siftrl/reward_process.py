@@ -151,6 +151,9 @@ class _Judge:
 
 
 def _holds_a_model() -> bool:
-    """Whether a torch model is alive in this process."""
+    """Whether a torch module with weights is alive in this process (libraries keep some that have none)."""
     torch = sys.modules.get("torch")
-    return torch is not None and any(issubclass(type(item), torch.nn.Module) for item in gc.get_objects())
+    if torch is None:
+        return False
+    modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
+    return any(next(module.parameters(), None) is not None for module in modules)
