@@ -6,6 +6,7 @@ This module must stay free of torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import inspect
@@ -32,16 +33,14 @@ def serve(connection: str, lifeline: str) -> None:
     for number in (connection, lifeline):
         os.set_inheritable(int(number), False)
     _end_with_the_trainer(int(lifeline))
-    with Connection(int(connection)) as trainer, asyncio.Runner() as runner:
+    gone = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)  # the trainer's end is closed
+    with gone, Connection(int(connection)) as trainer, asyncio.Runner() as runner:
         name, options, state = pickle.loads(trainer.recv_bytes())
         judge = _Judge(runner)
         trainer.send_bytes(pickle.dumps(judge.build(name, options, state)))
         common: Columns | Fault = {}
         while True:
-            try:
-                num_rows, sent, sent_once = pickle.loads(trainer.recv_bytes())
-            except EOFError:
-                return
+            num_rows, sent, sent_once = pickle.loads(trainer.recv_bytes())
             columns = _read(sent)
             common = _read(sent_once) if sent_once is not None else common
             for call in _calls(num_rows, columns, common):
