@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from siftrl.reward_columns import completion_texts
 
@@ -12,6 +12,9 @@ from siftrl.reward_columns import completion_texts
 @dataclass
 class ResponseFormat:
     """1 where the completion has the wanted form: a regular expression, or tags in their order."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    row_by_row: ClassVar[bool] = True
 
     pattern: str | None = None
     """A regular expression that the whole completion must match, white space around it aside."""

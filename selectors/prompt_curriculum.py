@@ -32,7 +32,8 @@ from siftrl.types import Candidates, PromptSelector, Selection
 from siftrl.value import ValueConfig
 
 MIN_JUDGED = 64
-"""Prompts that must have been judged before the value model may choose (`window`, where that is smaller)."""
+"""Prompts that must have been judged before the value model may choose, and its figures are told (`window`, where that
+is smaller)."""
 
 
 @dataclass
@@ -115,10 +116,11 @@ class PromptCurriculum(PromptSelector):
         self._metrics |= {"explored": explored / len(chosen), "fallback": float(uniform > 0)}
 
     def metrics(self) -> dict[str, float]:
-        """Over the window, weighted to stand for all candidates: `explained_variance`, `brier`,
-        `rank_correlation`, `equivalent_rollouts`, and `spread_explained_variance` where ranked by spread. Of
-        the last step's kept prompts: `effective_ratio`, `predicted_mean`, `observed_mean`, `explored`
-        (share), `fallback` (1 where the choice was uniform)."""
+        """Over the window, weighted to stand for all candidates, once min(64, window) prompts were judged:
+        `explained_variance`, `brier`, `rank_correlation`, `equivalent_rollouts`, and
+        `spread_explained_variance` where ranked by spread. Of the last step's kept prompts:
+        `effective_ratio`, `predicted_mean`, `observed_mean`, `explored` (share), `fallback` (1 where the
+        choice was uniform)."""
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,14 +157,18 @@ class PromptCurriculum(PromptSelector):
     def _falls_back(self) -> bool:
         if not self.fallback:
             return False
-        if sum(map(len, self._steps)) < min(MIN_JUDGED, self.window):
+        if not self._is_judged():
             return True
         judged = _Judged(self._steps)
         explained = judged.spread_ev() if self._ranks_by_spread() else judged.mean_ev()
         return not explained > 0  # NaN, where nothing varied, falls back too
 
+    def _is_judged(self) -> bool:
+        """Whether enough prompts came out to say how good the value model is."""
+        return sum(map(len, self._steps)) >= min(MIN_JUDGED, self.window)
+
     def _judgement(self) -> dict[str, float]:
-        if not self._steps:
+        if not self._is_judged():
             return {}
         judged = _Judged(self._steps)
         predicted, mean, w = judged.predicted, judged.mean, judged.weights

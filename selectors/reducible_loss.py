@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from siftrl.fields import WeightsPath
 from siftrl.signals import Loss, ReferenceLoss
 from siftrl.types import BatchSelector, Selection, Signals
 
@@ -23,7 +24,7 @@ class ReducibleLoss(BatchSelector):
     reference: folder or hub name of the reference model, trained on rows like these, but not on these.
     """
 
-    reference: str
+    reference: WeightsPath
 
     def __post_init__(self) -> None:
         self._metrics: dict[str, float] = {}

@@ -9,6 +9,7 @@ the other selectors are for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class StaticFilter(PromptSelector):
     low, high: the range, both ends included, in the column's units.
     candidates: prompts drawn for each prompt kept.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("{column}",)
 
     column: str = "pass_rate"
     low: float = 0.1

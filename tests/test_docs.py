@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from siftrl import cli, plugins, recipe
+from siftrl import cli, eval_plan, plugins, recipe
 from siftrl.recipe_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +112,11 @@ def test_the_pages_show_recipes() -> None:
 
 @pytest.mark.parametrize("block", YAML, ids=str)
 def test_every_yaml_block_is_a_recipe_or_part_of_one(block: Block, examples: Path) -> None:
-    """`yaml recipe`: a whole recipe. `yaml part`, `yaml sft part`: keys of a recipe, or else of its stage."""
+    """`yaml recipe`: a whole recipe. `yaml part`, `yaml sft part`: keys of a recipe, or else of its stage.
+    `yaml suite`: what `siftrl eval --suite` reads."""
+    if block.info == "suite":
+        eval_plan.Suite.model_validate(parse_yaml(block.text))
+        return
     assert block.info in ("recipe", *PARTS), f"{block}: mark the block as `yaml recipe` or one of {', '.join(PARTS)}"
     content = parse_yaml(block.text)
     if block.info in PARTS:
@@ -250,7 +255,9 @@ def test_every_command_of_siftrl_is_shown() -> None:
 
 
 @pytest.mark.parametrize(("where", "arguments", "ranks"), OURS, ids=[f"{where}-{rest[0]}" for where, rest, _ in OURS])
-def test_every_command_parses(where: str, arguments: list[str], ranks: int, tmp_path: Path) -> None:
+def test_every_command_parses(
+    where: str, arguments: list[str], ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """... and its overrides and number of ranks fit its recipe; `my-recipe.yaml` is the README's."""
     if ">" in arguments:
         arguments = arguments[: arguments.index(">")]
@@ -262,8 +269,23 @@ def test_every_command_parses(where: str, arguments: list[str], ranks: int, tmp_
             path.write_text(next(block.text for block in YAML if block.page == README and block.info == "recipe"))
         recipe.load_recipe(path, args.overrides, num_ranks=ranks, check_installed=False)
     if args.command == "eval":
-        for name in args.reward:
-            plugins.find("reward", name)
+        check_evaluation(args, tmp_path, monkeypatch)
+
+
+def check_evaluation(args: argparse.Namespace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`siftrl eval` knows what to measure, where `runs/NAME` is a run of the recipe NAME, and suites are as shown."""
+    made = folder / args.target
+    if args.target.startswith("runs/") and made.name != "model":
+        for place in ("model", *(f"stages/{args.stage}" for _ in filter(None, [args.stage]))):
+            (made / place).mkdir(parents=True)
+            (made / place / "config.json").write_text("{}")
+        shown = [block.text for block in YAML if block.info == "recipe" and f"# {made.name}.yaml" in block.text]
+        (made / "recipe.yaml").write_text(shown[0] if shown else cli.find_recipe(made.name).read_text())
+    if args.suite:
+        (folder / args.suite).write_text(next(block.text for block in YAML if f"# {args.suite}" in block.text))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(eval_plan, "require_installed", lambda *_: None)
+    eval_plan.make_plan(args, cli.find_recipe)
 
 
 def test_commands_name_files_and_targets_that_exist() -> None:

@@ -27,6 +27,7 @@ from siftrl import DPOTrainer, pipeline, plugins
 from siftrl.pairs import PAIR_LOSSES, PairLoss
 from siftrl.recipe import RecipeError, load_recipe
 from siftrl.signals import Embedding, Entropy, GradientNorm, Loss, NuclearNorm, ReferenceLoss, ValueGradient
+from siftrl.trainers.held_out import held_out_loss
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +61,7 @@ def shaken(path: str, seed: int = 1) -> Any:
 
 
 def build(model: Any, folder: Path, selector: Any, data: Any = None, **changes: Any) -> DPOTrainer:
-    ours = ("keep", "candidates", "source_column", "scoring_batch_size", "peft_config", "ref_model")
+    ours = ("keep", "candidates", "source_column", "scoring_batch_size", "peft_config", "ref_model", "eval_dataset")
     options = {name: changes.pop(name) for name in ours if name in changes}
     data = preferences() if data is None else data
     return DPOTrainer(model, args=dpo_args(folder, **changes), train_dataset=data, batch_selector=selector, **options)
@@ -405,9 +406,14 @@ def test_two_ranks_choose_and_learn_as_one(tiny_model: str, tmp_path: Path) -> N
     chain = [["utility_diversity", {}, 12], ["gradient_coreset", {}, 8]]
     preferences().to_json(tmp_path / "pairs.jsonl")
     selectors = [(plugins.load("selector", name, options), keep) for name, options, keep in chain]
-    single = train(
-        *(tiny_model, tmp_path / "one", selectors), source_column="source", scoring_batch_size=6, learning_rate=1e-2
+    single = build(
+        *(tiny_model, tmp_path / "one", selectors),
+        source_column="source",
+        scoring_batch_size=6,
+        learning_rate=1e-2,
+        eval_dataset=preferences().select(range(7)),
     )
+    single.train()
     options = ["--model", tiny_model, "--chain", json.dumps(chain), "--data", str(tmp_path / "pairs.jsonl")]
     reports = run_ranks("dpo", 2, tmp_path / "two", *options, "--micro", "4")
     chosen = []
@@ -418,3 +424,5 @@ def test_two_ranks_choose_and_learn_as_one(tiny_model: str, tmp_path: Path) -> N
     for report in reports:
         assert report["world"] == 2
         assert report["losses"] == pytest.approx(losses(single), rel=1e-4)
+        assert report["held_out"] == reports[0]["held_out"]
+        assert report["held_out"] == pytest.approx(held_out_loss(single), rel=1e-4)

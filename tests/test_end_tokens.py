@@ -110,7 +110,9 @@ def test_evaluation_stops_where_the_model_says(model: Any, tokenizer: Any) -> No
     rows = Dataset.from_dict({"prompt": ["0+0="], "answer": ["0"]})
 
     def truncated(engine: TransformersEngine) -> float:
-        return evaluate(engine, tokenizer, rows, [digit_share], [1.0], max_tokens=1, progress=False).truncated
+        return evaluate(
+            engine, tokenizer, rows, [digit_share], [1.0], Sampling(1, temperature=0.0), progress=False
+        ).truncated
 
     before = TransformersEngine(model, tokenizer)
     long, first = (before.generate([prompt], way, [3]).ids[0] for way in (Sampling(12), Sampling(1, temperature=0.0)))

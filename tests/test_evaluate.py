@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import pytest
 import torch
 
 from siftrl.data import load_data
-from siftrl.evaluate import EvalReport, evaluate, evaluate_command, pass_at_k, score, summarise
-from siftrl.models import load_policy, load_tokenizer
+from siftrl.evaluate import EvalReport, evaluate, pass_at_k, score, summarise
+from siftrl.models import load_policy
 from siftrl.recipe import DataConfig, ModelConfig
-from siftrl.rollout import TransformersEngine
+from siftrl.rollout import Sampling, TransformersEngine
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def policy(tiny_model: str) -> Any:
     model, tokenizer, _ = load_policy(ModelConfig(path=tiny_model), for_training=False)
     return TransformersEngine(model, tokenizer), tokenizer
+
+
+GREEDY = Sampling(4, temperature=0.0)
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:
@@ -75,6 +76,9 @@ def test_report_figures_by_hand() -> None:
     means = torch.tensor([0.5, 1.0, 0.5])
     assert summary["std_error"] == pytest.approx(means.std().item() / 3**0.5)
     assert summary["pass_at_k"] == {"1": 3 / 8, "2": 2 / 4}
+    chances = torch.tensor([[0.5, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    errors = measured.pass_at_k_errors()
+    assert [errors["1"], errors["2"]] == pytest.approx((chances.std(1) / 2).tolist())
     assert (summary["truncated"], summary["missing"], summary["mean_length"], summary["rows"]) == (0.25, 3 / 8, 3, 4)
     assert report([[0.9]], threshold=0.5).correct.item() and not report([[0.4]], threshold=0.5).correct.item()
     assert summarise([report([[1.0]])])["std_error"] is None
@@ -89,20 +93,19 @@ def test_greedy_evaluation_scores_each_row_with_its_columns(policy: Any, sums: A
         seen.extend(zip(prompts, completions, answer, strict=True))
         return digits(completions)
 
-    measured = evaluate(
-        engine, tokenizer, sums, [record], [1.0], max_tokens=4, batch_size=10, progress=False, threshold=0.5
-    )
+    options: dict[str, Any] = {"progress": False, "threshold": 0.5}
+    measured = evaluate(engine, tokenizer, sums, [record], [1.0], GREEDY, batch_size=10, **options)
     assert [(prompt, answer) for prompt, _, answer in seen] == list(zip(sums["prompt"], sums["answer"], strict=True))
     assert [[text] for _, text, _ in seen] == measured.texts
     assert measured.rewards.shape == measured.lengths.shape == (48, 1)
-    again = evaluate(engine, tokenizer, sums, [digits], [1.0], max_tokens=4, batch_size=48, progress=False)
+    again = evaluate(engine, tokenizer, sums, [digits], [1.0], GREEDY, batch_size=48, progress=False)
     assert torch.equal(again.rewards, measured.rewards)
     assert int(measured.lengths.max()) == 4 and 0 < measured.truncated <= 1
 
 
 def test_samples_depend_on_the_seed_and_the_prompt_alone(policy: Any, sums: Any) -> None:
     engine, tokenizer = policy
-    options: dict[str, Any] = {"samples": 3, "greedy": False, "max_tokens": 4, "progress": False}
+    options: dict[str, Any] = {"sampling": Sampling(4), "samples": 3, "progress": False}
     rows = sums.select(range(8))
     whole = evaluate(engine, tokenizer, rows, [digits], [1.0], batch_size=64, seed=1, **options)
     halves = [
@@ -124,54 +127,7 @@ def test_chat_prompts_get_chat_completions_and_no_rows_are_no_error(policy: Any,
     def roles(completions: list[Any], **columns: Any) -> list[float]:
         return [float(completion[0]["role"] == "assistant") for completion in completions]
 
-    measured = evaluate(engine, tokenizer, rows, [roles], [1.0], max_tokens=2, progress=False)
+    measured = evaluate(engine, tokenizer, rows, [roles], [1.0], GREEDY, progress=False)
     assert measured.mean_reward == 1.0
-    empty = evaluate(engine, tokenizer, rows.select([]), [roles], [1.0], max_tokens=2, progress=False)
+    empty = evaluate(engine, tokenizer, rows.select([]), [roles], [1.0], GREEDY, progress=False)
     assert summarise([measured, empty]) == summarise([measured])
-
-
-def test_the_command_prints_a_table_and_writes_rows_to_train_on(
-    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "rows.jsonl"
-    args = arguments(tiny_model, data="reasoning_gym:chain_sum", samples=2, k=[1, 2], temperature=1.0, out=str(out))
-    args.prompt_template = "{metadata[expression]}="
-    assert evaluate_command(args) == 0
-    printed = capsys.readouterr().out
-    assert "mean reward" in printed and "pass@2" in printed
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 5 and all(len(line["samples"]) == len(line["rewards"]) == 2 for line in lines)
-    assert lines[0]["prompt"].endswith("=") and lines[0]["pass_rate"] == 0.0
-    rows = load_data(DataConfig(path=str(out)), "grpo", load_tokenizer(ModelConfig(path=tiny_model))).train
-    assert rows["pass_rate"][:] == [0.0] * 5
-
-
-def test_the_command_refuses_what_cannot_be_measured(tiny_model: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--k: pass@4 needs --samples 4"):
-        evaluate_command(arguments(tiny_model, k=[1, 4]))
-    with pytest.raises(ValueError, match="--samples: 2 greedy completions"):
-        evaluate_command(arguments(tiny_model, samples=2))
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "1+1="}\n')
-    with pytest.raises(ValueError, match="reward 'exact_match': row 0: .* no column 'answer'"):
-        evaluate_command(arguments(tiny_model, data=str(path), reward=["exact_match"]))
-
-
-def arguments(model: str, **changes: Any) -> Namespace:
-    options: dict[str, Any] = {
-        "model": model,
-        "data": "reasoning_gym:chain_sum",
-        "split": "train",
-        "prompt": None,
-        "prompt_template": None,
-        "reward": ["reasoning_gym"],
-        "engine": "transformers",
-        "samples": 1,
-        "k": None,
-        "temperature": 0.0,
-        "max_tokens": 3,
-        "batch_size": 8,
-        "limit": 5,
-        "out": None,
-    }
-    return Namespace(**(options | changes))

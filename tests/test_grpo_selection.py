@@ -305,6 +305,11 @@ def test_the_budget_stops_the_scoring_and_says_so_once(
     assert len(shares) == 8 and shares[-1] < shares[1]
 
 
+def test_a_budget_without_a_selector_limits_nothing(tiny_model: str, sums: Any, tmp_path: Path) -> None:
+    trainer = run(build(tiny_model, tmp_path, sums, None, max_overhead=0.1, skip_zero_advantage=True, max_steps=2))
+    assert logged(trainer, "rows_scored") == [0, 0]
+
+
 def test_completions_that_are_masked_for_their_length_count_as_the_longest(
     tiny_model: str, sums: Any, tmp_path: Path
 ) -> None:

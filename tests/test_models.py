@@ -88,8 +88,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_tokenizers_without_eos_or_beyond_the_embedding_are_refused() -> None:
     tokenizer = character_tokenizer()
     check_tokenizer(tokenizer, "here", num_embeddings=len(tokenizer))
-    with pytest.raises(ValueError, match="here: its tokenizer has token ids up to 101, .* only 101 tokens"):
-        check_tokenizer(tokenizer, "here", num_embeddings=101)
+    with pytest.raises(ValueError, match="here: its tokenizer's end token is number 1, but .* only 1 tokens"):
+        check_tokenizer(tokenizer, "here", num_embeddings=1)
+    check_tokenizer(tokenizer, "here", num_embeddings=3)  # rows that hold what lies beyond are refused, not the model
     tokenizer.pad_token = None
     check_tokenizer(tokenizer, "here")
     assert tokenizer.pad_token == "<eos>"

@@ -112,4 +112,5 @@ def test_colocated_vllm_reads_the_policys_commit(hub: str, monkeypatch: pytest.M
         "trust_remote_code": True,
         "revision": COMMITS["v1"],
         "tokenizer_revision": COMMITS["v1"],
+        "logprobs_mode": "processed_logprobs",
     }

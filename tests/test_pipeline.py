@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT
 from launch import launch_command, launch_environment, run_command
+
+from siftrl import cli
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +42,7 @@ RECIPE: dict[str, Any] = {
             "name": "warmup",
             "rows_per_step": 16,
             "micro_batch_size": 16,
-            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False},
+            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False, "max_length": 6},
         },
         {
             "kind": "grpo",
@@ -82,7 +85,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = siftrl("train", write_recipe(folder), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "held-out reward" in done.stdout
+    assert re.search(r"reward \d\.\d{3} -> \d\.\d{3}", done.stdout)
+    assert "cut to trainer.max_length" in done.stdout
     return folder / "runs" / "small"
 
 
@@ -90,6 +94,7 @@ def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     warmup, grpo = summary["stages"]
     assert (warmup["name"], warmup["kind"], grpo["name"], grpo["kind"]) == ("warmup", "sft", "grpo", "grpo")
+    assert 0 < warmup["data"]["cut"] < warmup["data"]["rows"]  # sums of two digits lose their end token
     assert grpo["rollouts"] == 20 * 16 and 320 <= grpo["tokens"] <= 320 * 4
     assert 0 <= grpo["eval"]["before"]["reward"] <= 1 and grpo["eval"]["after"]["rows"] == 8
     parts = {"propose", "generate", "reward", "value_update", "policy_update", "weight_sync", "total"}
@@ -99,8 +104,9 @@ def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["versions"]["trl"].startswith("1.16") and environment["world_size"] == 1
     metrics = lines(whole / "metrics.jsonl")
-    held_out = [line["step"] for line in metrics if "held_out" in line]
-    assert held_out == [0, 8, 16, 20]
+    held_out = [(line["stage"], line["step"]) for line in metrics if "held_out" in line]
+    assert held_out == [("warmup", 0), ("warmup", 6), *(("grpo", step) for step in (0, 8, 16, 20))]
+    assert warmup["eval"]["after"]["loss"] < warmup["eval"]["before"]["loss"]
     assert {line["stage"] for line in metrics} == {"warmup", "grpo"}
     selection = lines(whole / "selection.jsonl")
     assert len(selection) == 20 and all(len(line["candidates"]) == 12 for line in selection)
@@ -134,6 +140,20 @@ def test_a_resolved_recipe_runs_the_same(whole: Path, tmp_path: Path) -> None:
     recipe = whole / "recipe.yaml"
     done = siftrl("validate", str(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_siftrl_eval_of_the_run_is_what_training_measured(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trained model, and the one after the warm-up, which is where the second stage began."""
+    monkeypatch.chdir(whole.parents[1])
+    stages = json.loads((whole / "summary.json").read_text())["stages"]
+    for arguments, when in (([], "after"), (["--stage", "warmup"], "before")):
+        assert cli.main(["eval", "runs/small", "--json", "-", *arguments]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["data"]
+        measured = stages[1]["eval"][when]
+        assert {key: found[key] for key in measured} == measured
+        assert found["name"] == "held-out rows" and found["rows"] == 8
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])

@@ -376,3 +376,112 @@ def test_a_live_instance_is_checked_like_a_recipe() -> None:
     ):
         with pytest.raises(PluginError, match=message):
             plugins.check(wrong())
+
+
+# ---------------------------------------------------------------------------------- what is run from the source
+
+STAND_INS = '''
+import raises_when_imported
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+from siftrl.types import PromptSelector
+from siftrl.value import ValueConfig
+
+FACTOR = 3
+
+def twice(x):
+    return 2 * x
+
+@dataclass
+class Field(PromptSelector):
+    pool: int = 5
+    def num_candidates(self, keep: int) -> raises_when_imported.Count: return keep * self.pool
+    def propose(self, candidates, keep, generator): ...
+
+@dataclass
+class Helpers(Field):
+    def num_candidates(self, keep):
+        """Of a method, a function and a constant."""
+        wanted = max(self._low(keep), FACTOR * keep)
+        return wanted
+    def _low(self, keep): return math.ceil(1.5 * twice(keep))
+
+@dataclass
+class Attribute(Field):
+    MULTIPLE: ClassVar[int] = 7
+    def __post_init__(self):
+        if self.pool > 9:
+            raise ValueError("pool: 9 at most")
+        self.doubled = 2 * self.MULTIPLE
+    @property
+    def drawn(self): return self.doubled
+    def num_candidates(self, keep): return self.drawn * keep
+
+@dataclass
+class Nested(Field):
+    value: ValueConfig = field(default_factory=ValueConfig)
+    def num_candidates(self, keep): return self.value.updates * keep
+
+@dataclass
+class Inherited(PromptSelector):
+    def propose(self, candidates, keep, generator): ...
+
+@dataclass
+class Imports(Field):
+    def num_candidates(self, keep): return raises_when_imported.draw(keep)
+
+@dataclass
+class ImportsInside(Field):
+    def num_candidates(self, keep):
+        import raises_when_imported
+        return keep
+
+@dataclass
+class Opens(Field):
+    def __post_init__(self): open("made_by_a_check", "w")
+    def num_candidates(self, keep): return keep
+'''
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_how_many_prompts_are_drawn_is_read_from_the_source(stand_ins: Path) -> None:
+    for name, drawn in {
+        "Field": 40,
+        "Helpers": 24,
+        "Attribute": 112,
+        "Nested": 8,
+        "Inherited": 8,
+        "Imports": None,
+        "ImportsInside": None,
+        "Opens": 8,
+    }.items():
+        assert plugins.num_candidates(f"stand_ins:{name}", {}, 8) == drawn, name
+    assert plugins.num_candidates("stand_ins:Field", {"pool": 3}, 8) == 24
+    assert not (stand_ins / "made_by_a_check").exists(), "a check opens no file"
+
+
+def test_the_source_says_of_siftrl_s_own_selectors_what_they_say_themselves() -> None:
+    for name in plugins.names("selector"):
+        if plugins.find("selector", name).role == "prompt":
+            assert plugins.num_candidates(name, {}, 8) == plugins.load("selector", name).num_candidates(8)
+
+
+def test_what_a_class_says_of_its_options_counts_before_it_is_imported(stand_ins: Path) -> None:
+    plugins.validate("selector", "stand_ins:Attribute", {"pool": 9})
+    with pytest.raises(PluginError, match="^pool: 9 at most"):
+        plugins.validate("selector", "stand_ins:Attribute", {"pool": 10})
+
+
+def test_models_among_the_options_are_found() -> None:
+    value = {"value": {"model": "a/model"}}
+    assert plugins.model_paths("selector", "prompt_curriculum", value) == [(("value", "model"), "a/model", True)]
+    assert plugins.model_paths("selector", "prompt_curriculum", {}) == []
+    assert plugins.model_paths("selector", "reducible_loss", {"reference": "x"}) == [(("reference",), "x", False)]

@@ -262,8 +262,18 @@ def test_curriculum_is_judged_by_what_it_ranks_by():
     assert selector.propose(drawn, 2, generator()).indices.tolist() == [1, 2]
 
 
+def test_curriculum_tells_no_figure_of_the_value_model_before_enough_is_judged():
+    """One success among 24 completions: an explained variance of -27 would say nothing."""
+    selector, groups = PromptCurriculum(window=100, fallback=False), [[0.0, 0.0]] * 11 + [[0.0, 1.0]]
+    for _ in range(5):
+        observed(selector, range(12), groups, mean=[0.5] * 12)
+        assert {"explained_variance", "brier", "equivalent_rollouts"}.isdisjoint(selector.metrics())
+    observed(selector, range(12), groups, mean=[0.5] * 12)  # 72 judged
+    assert {"explained_variance", "brier", "equivalent_rollouts"} <= selector.metrics().keys()
+
+
 def test_curriculum_metrics_by_hand():
-    selector = PromptCurriculum(window=4, fallback=False)
+    selector = PromptCurriculum(window=3, fallback=False)
     drawn = candidates([3, 4, 5, 6], mean=[0.0, 0.5, 0.75, 1.0])
     selection = Selection.of(
         torch.tensor([1, 2, 0]),

@@ -32,6 +32,7 @@ from siftrl.recipe import (
 )
 from siftrl.recipe_text import parse_yaml
 from siftrl.schema import recipe_schema
+from siftrl.trainer_checks import REPORTS, VALUES, check_trainer_values
 from siftrl.trl_options import OWNED, check_trainer_options, trl_options
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +127,7 @@ def test_a_grpo_stage_takes_what_an_sft_stage_takes_for_its_batch_selectors(base
     assert stage.selection == SelectionConfig(max_overhead=0.25)
     for flag in ("true", "false"):
         load_recipe(base, [*written, f"stages.1.selection.skip_zero_advantage={flag}"])
-    load_recipe(base, ["stages.0.batch_selector=high_loss", "stages.0.selection.max_overhead=1"])
+    load_recipe(base, ["stages.0.batch_selector=high_loss", "stages.0.selection.max_overhead=0.99"])
 
 
 def test_rows_without_advantage_may_be_left_out_without_a_batch_selector(base: Path) -> None:
@@ -286,6 +287,40 @@ REFUSED = {
     "stages.1.trainer.max_steps=1.5": "stages.1.trainer.max_steps: must be int, not the number 1.5",
     "stages.1.trainer.max_steps='3'": "stages.1.trainer.max_steps: must be int, not the text '3'",
     "stages.0.trainer.lr_scheduler_type=cosin": "lr_scheduler_type: must not be 'cosin'; did you mean 'cosine'?",
+    # values without sense
+    "seed=4294967296": "seed: must be less than 4294967296, not the number 4294967296",
+    "stages.1.rollout.temperature=1e-4": "rollout.temperature: must be greater than or equal to 0.001, not the number",
+    "stages.1.rollout={engine: vllm, temperature: 0.005}": "temperature: vllm takes 0.005 for 0.01, and the trainer do",
+    "rewards.0={name: exact_match, weight: 1e39}": "rewards.0.weight: must be less than or equal to 1000000, n",
+    "rewards.0={name: exact_match, weight: .nan}": "rewards.0.weight: must be a finite number",
+    "rewards.0={name: exact_match, options: {extract: '('}}": "rewards.0.options: extract: '(' is no regular expressio",
+    "rewards.0=response_format": "rewards.0.options: give one of `pattern` and `tags`, for example tags: [think, answe",
+    "stages.1.prompt_selector={name: difficulty_pools, easy: 0.5}": "easy + normal + hard must be 1, not 1.4: write sh",
+    "stages.1.prompt_selector={name: static_filter, low: 1}": "stages.1.prompt_selector: static_filter: low (1.0) must",
+    "stages.1.prompt_selector.value.reward_range=[1, 0]": "prompt_selector.value: reward_range: [1.0, 0.0] holds no re",
+    "stages.1.prompt_selector.value={body: policy, train: lora}": "prompt_selector.value: `body: policy` trains a head",
+    "stages.1.prompt_selector.value.lr=3": "prompt_selector.value.lr: must be less than or equal to 1, not the number ",
+    "stages.1.prompt_selector.value.head_lr=0": "prompt_selector.value.head_lr: must be greater than 0, not the number",
+    "stages.0.batch_selector={name: high_loss, keep: .nan}": "batch_selector.keep: must be a share above 0 and up to 1",
+    "stages.0.trainer.learning_rate=-1e-4": "stages.0.trainer.learning_rate: must be 0 or more, not the number -0.0001",
+    "stages.0.trainer.adam_beta1=1": "stages.0.trainer.adam_beta1: must be 0 or more and below 1, not the number 1",
+    "stages.1.trainer.weight_decay=-0.1": "stages.1.trainer.weight_decay: must be 0 or more, not the number -0.1",
+    "stages.1.trainer.warmup_steps=-1": "stages.1.trainer.warmup_steps: must be 0 or more, not the number -1",
+    "stages.1.trainer.epsilon=-0.2": "stages.1.trainer.epsilon: must be 0 or more, not the number -0.2",
+    "stages.1.trainer.max_steps=0": "stages.1.trainer.max_steps: must be 1 or more, or -1 for num_train_epochs, not th",
+    "stages.1.trainer.loss_type=grop": "stages.1.trainer.loss_type: must not be 'grop'; did you mean 'grpo'?",
+    "stages.0={kind: dpo, trainer: {beta: 0}}": "stages.0.trainer.beta: must be above 0, not the number 0",
+    "stages.0={kind: dpo, trainer: {loss_type: [ipo, x]}}": "stages.0.trainer.loss_type: must not be 'x'; write one of",
+    "stages.0.trainer.eval_strategy=steps": "eval_strategy: held-out rows are measured by siftrl; remove it, and write",
+    "stages.1.trainer.load_best_model_at_end=true": "load_best_model_at_end: held-out rows are measured by siftrl",
+    "stages.1.trainer.lr_scheduler_type=reduce_lr_on_plateau": "lr_scheduler_type: follows the trainer's own evaluatio",
+    "stages.1.trainer.report_to=[tensorboard, wand]": "report_to: transformers reports to nothing of the name 'wand'; ",
+    "stages.1.rollout.max_completion_tokens=512": "max_completion_tokens: the model's context of 512 tokens has no roo",
+    "stages.0.trainer.max_length=1024": "stages.0.trainer.max_length: the model's context of 512 tokens has no room fo",
+    "data.limit=9": "stages.1.prompts_per_step: a step draws 64 prompts, the data has only 9 to train on; lower it, or",
+    "stages.1.rollout={engine: vllm, max_model_len: 513}": "rollout.max_model_len: 513 is more than the model's contex",
+    "model.scratch.alphabet=''": "model.scratch.alphabet: is empty; write the characters that the model shall know",
+    "data={reasoning_gym: {tasks: [{name: gcd}], seed: 3}, eval: {size: 9, seed: 3}}": "data.eval.seed: 3 is also the",
     # combinations
     "model.path=x": "model: give exactly one of `path`",
     "model.scratch=null": "model: give exactly one of `path`",
@@ -295,7 +330,7 @@ REFUSED = {
     "data=null": "stages.0: has no data",
     "data.eval={}": "data.eval: give `size`",
     "data={path: rows.jsonl}": "stages.1.eval: there are no held-out rows",
-    "stages.0.eval={}": "stages.0.eval: unknown key",
+    "stages.0={kind: sft, eval: {}, data: {path: rows.jsonl}}": "stages.0.eval: there are no held-out rows",
     "rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
     "stages.1.rewards=[]": "stages.1.rewards: a grpo stage needs rewards",
     "rewards.0={name: exact_match, weight: 0}": "stages.0.rewards: every reward has weight 0",
@@ -328,7 +363,7 @@ REFUSED = {
     "stages.1.signals.head=lm_head": "stages.1.signals.head: has no effect without a batch selector; remove it, or wr",
     "stages.0.selection.max_overhead=0.2": "stages.0.selection.max_overhead: has no effect without a batch selector",
     "stages.1.selection.max_overhead=0.2": "stages.1.selection.max_overhead: has no effect without a batch selector",
-    "stages.1.selection.max_overhead=20": "selection.max_overhead: must be less than or equal to 1, not the number 20",
+    "stages.1.selection.max_overhead=1": "selection.max_overhead: must be less than 1, not the number 1",
     "stages.1.selection.max_overhed=0.2": "selection.max_overhed: unknown key; did you mean 'max_overhead'?",
     "stages.1.selection.skip_zero_advantage=1": "skip_zero_advantage: must be true or false, not the number 1",
     "stages.1.selection.skip_zero_advantage=false": "skip_zero_advantage: has no effect without a batch selector",
@@ -471,6 +506,48 @@ def test_missing_packages_are_named(
     load_recipe(base, [override], check_installed=False)
 
 
+NOT_INSTALLED = {
+    "report_to=wandb": ("wandb", "report_to: wandb is not installed; pip install wandb, or remove it"),
+    "report_to=[none, mlflow]": ("mlflow", "report_to: mlflow is not installed"),
+    "optim=paged_adamw_8bit": ("bitsandbytes", "optim: paged_adamw_8bit needs the package bitsandbytes, which is not"),
+    "optim=galore_adamw_8bit": (
+        "galore_torch",
+        "optim: galore_adamw_8bit needs the package galore_torch, which is not",
+    ),
+    "use_liger_kernel=true": (
+        "liger_kernel",
+        "use_liger_kernel: needs the package liger_kernel, which is not installed",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", NOT_INSTALLED)
+def test_what_a_trainer_option_needs_is_installed(option: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, message = NOT_INSTALLED[option]
+    assert recipe_checks.importlib.util.find_spec(package) is None, "the test needs a package that is not there"
+    assert f"stages.1.trainer.{message}" in refusal(base, f"stages.1.trainer.{option}")
+    load_recipe(base, [f"stages.1.trainer.{option}"], check_installed=False)
+    load_recipe(base, ["stages.1.trainer={report_to: all, optim: adamw_torch}"])
+
+
+@pytest.mark.parametrize("option", ["push_to_hub=true", "log_completions_hub_repo=me/rows"])
+def test_pushing_to_the_hub_takes_a_token(option: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(base.parent / "token"))
+    overrides = [f"stages.0.trainer.{option}"] if "push" in option else [f"stages.1.trainer.{option}"]
+    assert "there is no token for the hub; run `hf auth login` or set HF_TOKEN" in refusal(base, *overrides)
+    load_recipe(base, overrides, check_installed=False)
+    (base.parent / "token").write_text("hf_x")
+    load_recipe(base, overrides)
+    (base.parent / "token").unlink()
+    load_recipe(base, [*overrides, overrides[0].partition("trainer.")[0] + "trainer.hub_token=hf_x"])
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    load_recipe(base, overrides)
+
+
 def test_reasoning_gym_families_and_settings_are_checked(base: Path) -> None:
     pytest.importorskip("reasoning_gym")
 
@@ -557,6 +634,29 @@ def test_every_default_of_trl_passes_its_own_check() -> None:
         assert set(OWNED[kind]) <= set(options)
         defaults = {name: o["default"] for name, o in options.items() if "default" in o and name not in OWNED[kind]}
         check_trainer_options(kind, defaults)
+        check_trainer_values(kind, defaults)
+
+
+def test_the_words_of_trl_s_options_are_those_that_trl_compares_with() -> None:
+    """A word that TRL learns or forgets shows here: it stands in the source of its trainers, quoted."""
+    import trl
+
+    for kind, options in VALUES.items():
+        folder = Path(trl.__file__).parent
+        files = [folder / "trainer" / f"{kind}_{part}.py" for part in ("trainer", "config")] + [
+            folder / "data_utils.py"
+        ]
+        source = "\n".join(file.read_text() for file in files)
+        for name, words in options.items():
+            assert all(f'"{word}"' in source or isinstance(word, bool) for word in words), (kind, name)
+            compared = re.findall(rf"{name.removesuffix('s')} (?:==|!=) \"([\w-]+)\"", source)
+            assert set(compared) <= set(words), (kind, name)
+
+
+def test_the_trackers_are_those_of_transformers() -> None:
+    from transformers.integrations import integration_utils
+
+    assert set(REPORTS) == set(integration_utils.INTEGRATION_TO_CALLBACK)
 
 
 def test_the_schema_accepts_every_recipe_and_refuses_wrong_keys() -> None:

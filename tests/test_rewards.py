@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ COLUMNS: dict[str, Any] = {
     "prompts": [f"p{i}" for i in range(4)],
     "completions": ["a", "b", "bad", "d"],
     "answer": ["1", "2", "3", "4"],
-    "trainer_state": object(),
+    "trainer_state": SimpleNamespace(global_step=3),
 }
 
 
@@ -164,7 +165,7 @@ def call(reward: Any, is_async: bool, *, on_error: Any, **columns: Any) -> Any:
 
 def test_a_sound_reward_passes_unchanged() -> None:
     def some(completions: list[str], **columns: Any) -> list[Any]:
-        assert columns["trainer_state"] is COLUMNS["trainer_state"]
+        assert columns["trainer_state"] == COLUMNS["trainer_state"]
         return [None, True, torch.tensor(0.5), 2]
 
     guarded = guard(some, "some")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer as TRLSFTTrainer
 
 from siftrl import SFTTrainer, plugins
+from siftrl.trainers import selected_rows
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +42,15 @@ def token_losses(model: Any, row: dict[str, Any]) -> Tensor:
     logprobs = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
     found = -logprobs.gather(1, ids[0, 1:, None])[:, 0]
     return found[torch.tensor(row["labels"][1:]) != -100]
+
+
+def test_the_optimizers_work_on_a_gpu_is_not_the_selections_cost(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU goes on with the optimizer's step after Python has left it: here for 0.2 s."""
+    monkeypatch.setattr(selected_rows, "settle", lambda device: time.sleep(0.2))
+    trainer = train(tiny_model, tmp_path, First(), max_steps=2)
+    assert trainer.clock.seconds["policy_update"] > 0.4 > trainer.clock.seconds["select"]
 
 
 # ------------------------------------------------------------------------------------------ losses are what they were
@@ -397,6 +408,8 @@ def test_two_ranks_choose_and_learn_as_one(
         assert report["world"] == 2
         assert report["losses"] == pytest.approx(single["losses"], rel=1e-4)
         assert report["selection"]["rows_trained"] == 24
+        assert report["held_out"] == pytest.approx(single["held_out"], rel=1e-4)  # 11 rows
+        assert (report["reward"], report["rewarded"]) == (pytest.approx(single["reward"], abs=1e-6), 11)
     assert reports[0]["tokens"] == single["tokens"]
 
 

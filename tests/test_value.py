@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftrl import value
+from siftrl.selectors.prompt_curriculum import PromptCurriculum
+from siftrl.types import Candidates
 from siftrl.value import ValueConfig
 
 
@@ -52,16 +54,16 @@ def test_prediction_does_not_depend_on_the_batch_or_its_order(policy: Any, token
 
 
 def test_loss_by_hand(policy: Any, tokenizer: Any) -> None:
-    """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; spreads 0, 1/4 (the largest there is), 0. V is set to 3/4 and S
-    to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5) and -log(1/4) -
-    log(4/5); the group without any reward is left out."""
+    """Groups (1, 1), (0, 1), (0, nan): means 1, 1/2, 0; unbiased variances 0, 1/2 (the largest there is), none. V is
+    set to 3/4 and S to 1/5 of its range. Loss: the mean of -log(3/4) - log(4/5), -(log(3/4) + log(1/4)) / 2 - log(1/5)
+    and -log(1/4); the group without any reward is left out."""
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, nan], [nan, nan]])
     model = build(policy, tokenizer)
     with torch.no_grad():
         model.head.bias.copy_(torch.tensor([math.log(3), -math.log(4)]))
     figures = model.update(tokenizer(PROMPTS)["input_ids"], rewards)
-    first, second, third = (math.log(x) for x in (0.75 * 0.8, math.sqrt(0.75 * 0.25) * 0.2, 0.25 * 0.8))
+    first, second, third = (math.log(x) for x in (0.75 * 0.8, math.sqrt(0.75 * 0.25) * 0.2, 0.25))
     assert figures["loss"] == pytest.approx(-(first + second + third) / 3, rel=1e-5)
 
 
@@ -123,6 +125,67 @@ def test_range_widens_with_the_rewards_and_can_be_fixed(policy: Any, tokenizer: 
     assert (fixed.low, fixed.high) == (0.0, 10.0)
 
 
+def test_the_range_holds_single_rewards_not_only_group_means(policy: Any, tokenizer: Any) -> None:
+    model = build(policy, tokenizer)
+    model.update(tokenizer(PROMPTS[:1])["input_ids"], torch.tensor([[-2.0, 4.0, float("nan")]]))  # the mean is 1
+    assert (model.low, model.high) == (-2.0, 4.0)
+    with pytest.raises(ValueError, match=r"reward_range: \[1.0, 0.0\] holds no reward; write the lowest reward first"):
+        ValueConfig(reward_range=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_the_spread_learned_is_the_unbiased_variance_even_at_its_largest(
+    policy: Any, tokenizer: Any, group: int
+) -> None:
+    """Half low, half high: a variance of width^2 / 4 x n / (n - 1), for even n."""
+    model = build(policy, tokenizer, train="head", head_lr=0.1, updates=150)
+    ids = tokenizer(PROMPTS[:2])["input_ids"]
+    rewards = torch.stack([torch.arange(group) % 2 * 3.0, torch.full((group,), 1.5)])  # 0, 3, 0, 3, ... and no spread
+    model.update(ids, rewards)
+    learned = model.predict(ids).spread
+    assert torch.allclose(learned, rewards.var(dim=1), atol=0.1)
+
+
+class Readable:
+    """1,000 prompts whose difficulty V can read off, but for some noise; rewards are correct + 0.2 x format."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        ease = torch.randn(1000, generator=self.generator)
+        self.rates = torch.sigmoid(1.2 * ease)
+        seen = ease + 0.2 * torch.randn(1000, generator=self.generator)
+        self.features = torch.exp(-(((seen[:, None] - torch.linspace(-2.5, 2.5, 11)) / 0.5) ** 2))
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.features[ids]
+
+    def rewards(self, ids: torch.Tensor, group: int) -> torch.Tensor:
+        correct = torch.bernoulli(self.rates[ids][:, None].expand(-1, group), generator=self.generator)
+        form = torch.bernoulli(torch.full((len(ids), group), 0.8), generator=self.generator)
+        return correct + 0.2 * form
+
+
+def test_a_curriculum_with_rewards_of_four_values_seldom_falls_back(tokenizer: Any) -> None:
+    """V learns the variance by the estimator that it is judged by. With one divided by n, and judged by one divided by
+    n - 1, the choice was uniform in more than half of these steps at 4 completions a prompt."""
+    fell_back = []
+    for seed in (0, 1):
+        world = Readable(seed)
+        model = value.ValueModel(ValueConfig(body="policy", head_lr=0.03), tokenizer, 11, None)
+        selector = PromptCurriculum(candidates=4)
+        for _ in range(120):
+            ids = torch.randperm(1000, generator=world.generator)[: selector.num_candidates(16)]
+            prediction = model.predict(ids[:, None].tolist(), world.hidden)
+            drawn = Candidates(ids, [{}] * len(ids), prediction)
+            selection = selector.propose(drawn, 16, world.generator)
+            chosen = ids[selection.indices]
+            rewards = world.rewards(chosen, 4)
+            selector.observe(drawn, selection, rewards)
+            model.update(chosen[:, None].tolist(), rewards, world.hidden)
+            fell_back.append(selector.metrics()["fallback"])
+    assert sum(fell_back) / len(fell_back) < 0.25
+
+
 def test_state_goes_on_exactly(policy: Any, tokenizer: Any) -> None:
     ids = tokenizer(PROMPTS)["input_ids"]
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
@@ -150,7 +213,8 @@ def test_impossible_settings_and_nan_are_named(policy: Any, tokenizer: Any) -> N
 
 
 def test_a_nan_gradient_is_not_taken(policy: Any, tokenizer: Any) -> None:
-    model = build(policy, tokenizer)
+    model = build(policy, tokenizer, body="policy")
     before = model.head.bias.detach().clone()
-    model.update(tokenizer(PROMPTS[:1])["input_ids"], torch.tensor([[float("inf"), 1.0]]))
+    broken = torch.full((1, 4, model.head.in_features), float("nan"))
+    model.update(tokenizer(PROMPTS[:1])["input_ids"], torch.tensor([[0.0, 1.0]]), lambda ids, mask: broken)
     assert torch.equal(model.head.bias, before)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from siftrl import plugins
 from siftrl.recipe_text import Key, RecipeError, dotted
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class BatchArithmetic:
     """With a batch selector: rows of one step that are trained on, over all ranks."""
     kept_per_rank: int | None = None
     prompts_proposed: int | None = None
-    """grpo: candidates drawn before the prompt selector chooses."""
+    """grpo: candidates drawn before the prompt selector chooses; None where only the selector itself can say."""
     prompts_kept: int | None = None
     completions_per_prompt: int | None = None
     steps_per_generation: int | None = None
@@ -217,7 +218,6 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
         kept_per_rank = kept // world
         micro = min(micro, kept_per_rank // updates)
         micro_batches = kept_per_rank // micro
-    options = stage.prompt_selector.options if stage.prompt_selector else {}
     steps_per_rollout = updates * _option(stage, "num_iterations", 1)
     steps = _option(stage, "max_steps", -1)
     if steps <= 0 and num_rows:
@@ -231,13 +231,18 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
         gradient_accumulation_steps=micro_batches // updates,
         rows_kept=kept,
         kept_per_rank=kept_per_rank,
-        prompts_proposed=prompts * options.get("candidates", 1),
+        prompts_proposed=_proposed(stage),
         prompts_kept=prompts,
         completions_per_prompt=group,
         steps_per_generation=micro_batches,
         optimizer_steps=int(steps) if steps > 0 else None,
         rollouts=math.ceil(steps / steps_per_rollout) if steps > 0 else None,
     )
+
+
+def _proposed(stage: GRPOStage) -> int | None:
+    selector, prompts = stage.prompt_selector, stage.prompts_per_step
+    return plugins.num_candidates(selector.name, selector.options, prompts) if selector else prompts
 
 
 def _ranks(world: int) -> str:

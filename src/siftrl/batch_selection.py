@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from siftrl.batch_arithmetic import kept_rows
+from siftrl.selection_checks import check_selection
 from siftrl.types import BatchSelector, Selection, Signals
 
 Score = Callable[[Tensor], tuple[dict[Hashable, Any], Tensor]]
@@ -83,34 +84,12 @@ def choose(
             rows, weights, offered, score = rows[good], weights[good], offered.subset(good), None
         keep = min(wanted, len(rows))
         selection = link.selector.select(offered, keep, generator)
-        _check(selection, keep, len(rows), link.selector)
+        check_selection(selection, keep, len(rows), link.selector, "batch", link.selector.weighted)
         scores[rows], probability[rows] = selection.scores.float().cpu(), selection.probability.float().cpu()
         chosen = selection.indices.cpu()
         rows, reasons, offered = rows[chosen], selection.reasons, offered.subset(chosen)
         weights = weights[chosen] * selection.weights.float().cpu()
     return Selection.of(rows, len(signals), weights=weights, scores=scores, probability=probability, reasons=reasons)
-
-
-def _check(selection: Selection, keep: int, num_rows: int, selector: BatchSelector) -> None:
-    """A selector of one's own is easily wrong here, and training would go wrong silently."""
-    name, weights = type(selector).__name__, selection.weights
-    # a negative index would be a row of its own here, and a row for the second time below
-    num_different = len(set(selection.indices.tolist()) & set(range(num_rows)))
-    if num_different != keep or len(selection.indices) != keep:
-        raise ValueError(
-            f"batch_selector {name}: select must return {keep} different rows of the {num_rows} that it is given, it "
-            f"returned {len(selection.indices)} ({num_different} different ones of those)"
-        )
-    lengths = [len(weights), len(selection.reasons), len(selection.scores), len(selection.probability)]
-    if lengths != [keep, keep, num_rows, num_rows]:
-        raise ValueError(
-            f"batch_selector {name}: {keep} weights and reasons, and {num_rows} scores and probabilities, go with "
-            f"{keep} of {num_rows} rows, it returned {', '.join(map(str, lengths))}; write Selection.of(...)"
-        )
-    if not selector.weighted and not torch.equal(weights, torch.ones_like(weights)):
-        raise ValueError(f"batch_selector {name}: it returned weights other than 1; set `weighted = True` in the class")
-    if not ((weights > 0) & weights.isfinite()).all():
-        raise ValueError(f"batch_selector {name}: weights must be finite and above 0")
 
 
 def deal(num_tokens: Sequence[int], num_ranks: int, num_batches: int) -> list[list[list[int]]]:

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from siftrl import __version__
+from siftrl import __version__, eval_arguments, eval_plan
 from siftrl.recipe_text import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,11 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command, run in ((validate, _validate), (show, _show)):
         _add_recipe(command)
-        command.add_argument("--ranks", type=_count, help="processes that it will run on (default: WORLD_SIZE, or 1)")
         command.add_argument(
-            "--not-here", action="store_true", help="do not ask for the packages that the recipe needs"
+            "--ranks", type=eval_arguments.count, help="processes that it will run on (default: WORLD_SIZE, or 1)"
+        )
+        command.add_argument(
+            "--not-here",
+            action="store_true",
+            help="do not look for the packages, files and models that the recipe needs",
         )
         command.set_defaults(run=run)
+    validate.add_argument(
+        "--rows",
+        type=eval_arguments.count,
+        metavar="N",
+        help="print N prompts, and what the rewards say of their right answers",
+    )
 
     listing = commands.add_parser(
         "list",
@@ -123,7 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         "`# yaml-language-server: $schema=recipe.schema.json`.",
     )
     schema.set_defaults(run=_schema)
-    _add_eval(commands)
+
+    measure = commands.add_parser(
+        "eval",
+        help="mean reward and pass@k of a recipe's model, a run's, or any model",
+        description="Generate completions for the prompts of data sets and score them: what `siftrl train` measures "
+        "on held-out rows, or any model on any rows.",
+    )
+    eval_arguments.add_arguments(measure)
+    measure.set_defaults(run=_eval)
     return parser
 
 
@@ -137,63 +155,17 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "eval",
-        help="mean reward and pass@k of a model",
-        description="Generate completions for a data set's prompts and score them.",
-    )
-    command.add_argument("model", metavar="MODEL", help="a folder or a hub name")
-    command.add_argument("--data", required=True, help="a file, folder or hub name, or reasoning_gym:FAMILY")
-    command.add_argument("--split", default="test", help="the split of --data (default: %(default)s)")
-    command.add_argument("--prompt", help="the column with the prompt (default: prompt; question for reasoning_gym)")
-    command.add_argument("--prompt-template", help='makes the prompt out of columns, for example "{question}="')
-    command.add_argument(
-        "--reward", required=True, action="append", help="a reward's name or package.module:name; may be repeated"
-    )
-    command.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    command.add_argument("--samples", type=_count, default=1, help="completions a prompt (default: %(default)s)")
-    command.add_argument(
-        "--k", type=_counts, default=[], metavar="K,...", help="which pass@k to report, for example 1,4"
-    )
-    command.add_argument("--temperature", type=_temperature, help="0: greedy (default: 0 for one sample, else 1)")
-    command.add_argument("--max-tokens", type=_count, default=512, help="of a completion (default: %(default)s)")
-    command.add_argument("--batch-size", type=_count, default=256, help="completions at once (default: %(default)s)")
-    command.add_argument("--limit", type=_count, help="only the first rows (reasoning_gym: that many; default 256)")
-    command.add_argument("--out", metavar="FILE.jsonl", help="write each prompt's completions and rewards")
-    command.set_defaults(run=_eval)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return sorted({_count(part.strip()) for part in text.split(",")})
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 on")
-    return value
-
-
 # ----------------------------------------------------------------------------------------------------- the commands
 
 
 def _train(args: argparse.Namespace) -> int:
-    from siftrl.recipe import load_recipe
+    from siftrl.preflight import load_checked
     from siftrl.run import Interrupted, check_folder
 
-    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    recipe, lines = load_checked(find_recipe(args.recipe), args.overrides)
     if os.environ.get("RANK", "0") == "0":  # the other ranks may come when the first has made the folder
         check_folder(recipe, args.resume)
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
 
     from siftrl.pipeline import run_recipe
 
@@ -207,11 +179,16 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from siftrl.recipe import load_recipe
+    from siftrl.preflight import load_checked
 
     path = find_recipe(args.recipe)
-    recipe = load_recipe(path, args.overrides, num_ranks=args.ranks, check_installed=not args.not_here)
+    recipe, lines = load_checked(path, args.overrides, num_ranks=args.ranks, here=not args.not_here)
     print(f"{path}: a valid recipe, stages: {', '.join(stage.name for stage in recipe.stages)}")
+    print("".join(f"  {line}\n" for line in lines), end="")
+    if args.rows is not None:
+        from siftrl.show_rows import rows_text
+
+        print(rows_text(recipe, args.rows))
     return 0
 
 
@@ -248,29 +225,10 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from siftrl import plugins
-    from siftrl.recipe_checks import check_gym_task, require_installed
+    plan = eval_plan.make_plan(args, find_recipe)
+    for line in eval_plan.look_at(plan):
+        print(line, file=sys.stderr)
 
-    if args.temperature is None:
-        args.temperature = 0.0 if args.samples == 1 else 1.0
-    if args.samples > 1 and args.temperature == 0:
-        raise RecipeError(f"{args.samples} greedy completions are all the same; raise --temperature", "--samples")
-    if args.k and args.k[-1] > args.samples:
-        raise RecipeError(f"pass@{args.k[-1]} needs --samples {args.k[-1]} or more, not {args.samples}", "--k")
-    for name in args.reward:
-        try:
-            plugins.validate("reward", name, {})
-        except plugins.PluginError as error:
-            raise RecipeError(error.problem, "--reward") from None
-        if name in ("reasoning_gym", "math_verify"):
-            require_installed(name, "--reward")
-    if args.engine == "vllm":
-        require_installed("vllm", "--engine")
-    source, colon, family = args.data.partition(":")
-    if colon and source == "reasoning_gym":
-        require_installed("reasoning_gym", "--data")
-        check_gym_task(family, {}, ("--data",))
+    from siftrl.eval_command import run_plan
 
-    from siftrl.evaluate import evaluate_command
-
-    return evaluate_command(args)
+    return run_plan(plan)

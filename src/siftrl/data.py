@@ -7,37 +7,28 @@ or a counted drop.
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from siftrl.cells import read_dataset, with_whole_numbers
+from siftrl.data_files import FORMATS, is_saved, local_files, split_names, whole
 from siftrl.gym_rows import make_rows
 from siftrl.recipe_text import near
-from siftrl.row_shapes import (
-    COMPLETIONS,
-    Kind,
-    Prompt,
-    check_encodable,
-    encode_prompts,
-    fill,
-    is_conversation,
-    shape_row,
-    text_of,
-)
+from siftrl.row_encoding import Measured, measure
+from siftrl.row_limits import NO_LIMITS, RowLimits
+from siftrl.row_shapes import COMPLETIONS, Kind, Prompt, columns_needed, fill, shape_row, template_columns
 
 if TYPE_CHECKING:
     from siftrl.recipe import DataConfig, EvalDataConfig
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _REWARD_ARGUMENTS = {
     *("prompts", "completions", "completion_ids"),
     *("trainer_state", "log_extra", "log_metric", "environments"),
@@ -45,14 +36,19 @@ _REWARD_ARGUMENTS = {
 # columns that change what TRL takes a data set for; models of text only are trained here
 _TRL_COLUMNS: dict[Kind, set[str]] = {
     "grpo": {"image", "images"},
-    "dpo": {"image", "images", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"},
+    "dpo": {
+        *("image", "images", "tools", "chat_template_kwargs"),
+        *("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"),
+    },
     "sft": {
-        *("image", "images", "messages", "conversations", "text"),
-        *("input_ids", "labels", "completion_mask", "assistant_masks"),
+        *("image", "images", "messages", "conversations", "text", "tools", "chat_template_kwargs"),
+        *("input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths"),
     },
 }
 _SOURCES_REPORTED = 20
-_UNCACHED: dict[str, Any] = {"load_from_cache_file": False}  # a closure's hash is no safe key for a cache
+_ROWS_AT_ONCE = 1000
+_TEXT = Value("string")
+_MESSAGES = datasets.List({"role": Value("string"), "content": Value("string")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +60,19 @@ class DataSplits:
     report: dict[str, Any]
 
 
-def load_data(data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
+def load_data(
+    data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase, limits: RowLimits = NO_LIMITS
+) -> DataSplits:
     """Load, check and shape the rows of a stage. The same recipe gives the same rows in the same order.
 
     Held-out rows never occur in training: equal prompts are taken out of the training rows and counted.
     With `data.source` the training rows' column of that name is text, or None where it is missing.
-    report: {"rows", "prompt_tokens": {"mean", "max"}, "dropped": {reason: count}, "ignored_columns": names that
-    TRL would misread}, with `data.source` also "sources": {name: rows} of the 20 largest ("": missing), and all but
-    that for the held-out rows under "eval".
-    Raises ValueError for missing columns, empty sets, rows that make no sense, prompts the tokenizer cannot encode.
+    limits: what the stage and its model take of a row (`siftrl.row_limits`).
+    report: {"rows", "prompt_tokens": {"mean", "max"}, "dropped": {reason: count}, "cut": rows that are longer than
+    `limits.max_length`, "ignored_columns": names that TRL would misread}, with `data.source` also "sources": {name:
+    rows} of the 20 largest ("": missing), and all but that for the held-out rows under "eval".
+    Raises ValueError for missing columns, empty sets, rows that make no sense, rows that the tokenizer cannot encode
+    or the model cannot read, and too few rows for a step.
     """
     if data.reasoning_gym is not None:
         train_rows, eval_rows = _gym_rows(data)
@@ -83,19 +83,20 @@ def load_data(data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase) 
         filled = data.model_copy(update={"prompt": "prompt", "prompt_template": None})
     if data.source is not None:
         train_rows = _with_sources(train_rows, data.source, kind)
-    train, report = _shape(train_rows, filled, kind, tokenizer, "training rows")
+    train, report = _shape(train_rows, filled, kind, tokenizer, limits, "training rows")
     held_out = None
     if eval_rows is not None:
         is_made = data.eval is not None and data.eval.path is None
-        held_out, eval_report = _shape(eval_rows, filled if is_made else data, kind, tokenizer, "held-out rows")
+        held_out, eval_report = _shape(eval_rows, filled if is_made else data, kind, tokenizer, limits, "held-out rows")
         known = {_key(prompt) for prompt in held_out["prompt"]}
-        num_rows = len(train)
-        train = train.filter(lambda prompt: _key(prompt) not in known, input_columns="prompt", **_UNCACHED)
-        if len(train) < num_rows:
-            report["dropped"]["also held out"] = num_rows - len(train)
-        if not len(train):
+        others = [i for i, prompt in enumerate(train["prompt"]) if _key(prompt) not in known]
+        if not others:
             raise ValueError("data.eval: every training prompt is also held out; hold out other rows")
+        if len(others) < len(train):
+            report["dropped"]["also held out"] = len(train) - len(others)
+            train = train.select(others)
         report["eval"] = eval_report
+    limits.check_rows(len(train))
     report["rows"] = len(train)
     if data.source is not None:
         report["sources"] = dict(Counter(name or "" for name in train[data.source]).most_common(_SOURCES_REPORTED))
@@ -167,105 +168,155 @@ def load_rows(
 ) -> Dataset:
     """The rows of a local file, folder or glob, or of a hub data set, as they are stored.
 
-    A local file is one split whatever `split` calls it, and slices such as "train[:10%]" work. CSV cells are text,
-    exactly as written. key: the recipe's section, for messages.
+    Cells of local .json, .jsonl and .csv files are what is written there (`siftrl.cells`), but for whole floats: 43.0
+    reads 43, whatever the source. Slices such as "train[:10%]" work. key: the recipe's section, for messages.
     """
     try:
-        files = _local_files(path, key)
-        if files is None:
-            return datasets.load_dataset(path, config, split=split, revision=revision)
-        if not files:  # written by Dataset.save_to_disk
-            stored = datasets.load_from_disk(path)
-            return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-        kinds = {_FORMATS[Path(file).suffix] for file in files}
-        if len(kinds) > 1:
-            raise ValueError(f"{key}.path: {path} holds files of several kinds ({', '.join(sorted(kinds))})")
-        options = _csv_as_text(files[0]) if kinds == {"csv"} else {}
-        data_files = {split.partition("[")[0]: files}
-        return datasets.load_dataset(kinds.pop(), data_files=data_files, split=split, **options)
+        if local_files(path, split, key) is None:
+            rows = datasets.load_dataset(path, config, split=split, revision=revision)
+            return with_whole_numbers(rows)
+        parts = {name: _local_rows(path, name, key) for name in split_names(split, key)}
+        return parts[split] if list(parts) == [split] else _sliced(parts, split, key)
     except (datasets.exceptions.DatasetsError, OSError, KeyError, StopIteration) as error:
         cause = error.__cause__ or error
         message = (str(cause).strip() or "it is empty").splitlines()[0]
         raise ValueError(f"{key}.path: {path}: cannot be loaded: {message}") from error
     except ValueError as error:
         text = str(error).splitlines()[0]
-        raise ValueError(text if text.startswith(f"{key}.") else f"{key}.path: {path}: {text}") from error
+        where = "" if text.startswith(f"{key}.") else f"{key}.path: " if path in text else f"{key}.path: {path}: "
+        raise ValueError(where + text) from error
 
 
-def _csv_as_text(file: str) -> dict[str, Any]:
-    with open(file, newline="") as lines:
-        header = next(csv.reader(lines), [])
-    return {
-        "features": datasets.Features({name: datasets.Value("string") for name in header}),
-        "keep_default_na": False,
-    }
+def _sliced(parts: dict[str, Dataset], split: str, key: str) -> Dataset:
+    """What "train[:10%]+test" means of whole splits."""
+    try:
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(p) for name, p in parts.items()})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{key}.split: {split!r}: {str(error).splitlines()[0]}") from error
+    # fmt: off
+    return datasets.concatenate_datasets([parts[part.splitname].select(range(part.from_, part.to)) for part in slices])
+    # fmt: on
 
 
-def _local_files(path: str, key: str) -> list[str] | None:
-    """The files that a local path means, in order; [] for a folder of `save_to_disk`, None for a hub name."""
-    here = Path(path).expanduser()
-    if here.is_dir():
-        if (here / "state.json").exists() or (here / "dataset_dict.json").exists():
-            return []
-        found = sorted(str(file) for file in here.iterdir() if file.suffix in _FORMATS)
-    elif here.is_file():
-        if here.suffix not in _FORMATS:
-            raise ValueError(f"{key}.path: {path} is no {', '.join(_FORMATS)} file")
-        found = [str(here)]
-    elif glob.has_magic(path):
-        found = sorted(file for file in glob.glob(str(here), recursive=True) if Path(file).suffix in _FORMATS)
-    elif here.suffix in _FORMATS or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"{key}.path: there is no file or folder {path}")
-    else:
-        return None
-    if not found:
-        raise ValueError(f"{key}.path: {path} holds no {', '.join(_FORMATS)} file")
-    return found
+def _local_rows(path: str, split: str, key: str) -> Dataset:
+    """All rows of one split."""
+    files = local_files(path, split, key)
+    assert files is not None
+    if is_saved(path):
+        stored = datasets.load_from_disk(path)
+        return with_whole_numbers(stored[split] if isinstance(stored, datasets.DatasetDict) else stored)
+    if FORMATS[files[0].suffix] == "parquet":
+        named = {"train": list(map(str, files))}
+        return with_whole_numbers(datasets.load_dataset("parquet", data_files=named, split="train"))
+    return read_dataset(files)
 
 
 # ------------------------------------------------------------------------------------------------------- shaping
 
 
 def _shape(
-    rows: Dataset, data: DataConfig, kind: Kind, tokenizer: PreTrainedTokenizerBase, what: str
+    rows: Dataset,
+    data: DataConfig,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: RowLimits,
+    what: str,
 ) -> tuple[Dataset, dict[str, Any]]:
     """(the rows with their prompts and completions, their report). what: which rows these are, for messages."""
     if not len(rows):
         raise ValueError(f"data: there are no {what}")
     _check_columns(rows, data, kind)
-    ignored = sorted(_TRL_COLUMNS[kind] & set(rows.column_names))
+    made = ("prompt", *COMPLETIONS[kind])
+    ignored = sorted(_TRL_COLUMNS[kind] & set(rows.column_names) - {data.source})
+    read = _columns_read(rows, data, kind)
+    form = _form(rows, read, data, kind, what)  # of all rows; what has no prompt is empty in it
+    is_chat = form == _MESSAGES
+    if is_chat and not tokenizer.chat_template:
+        raise ValueError(
+            "data: the prompts are chat messages, but the model's tokenizer has no chat template; "
+            "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
+        )
+    reasons = [""] * len(rows)
+    measured: list[Measured | None] = [None] * len(rows)
+
+    def shape_batch(*columns_and_indices: Any) -> dict[str, list[Any]]:
+        *cells, indices = columns_and_indices
+        shaped: dict[str, list[Any]] = {name: [] for name in made}
+        for i, values in zip(indices, zip(*cells, strict=True), strict=True):
+            row, reasons[i] = shape_row(dict(zip(read, values, strict=True)), data, kind, f"data: {what}: row {i}")
+            if not reasons[i] and isinstance(row["prompt"], list) != is_chat:
+                raise ValueError(f"data: {what}: row {i}: one set cannot hold both plain prompts and chat messages")
+            for name in made:
+                shaped[name].append(([] if is_chat else "") if reasons[i] else row[name])
+        places = [place for place, i in enumerate(indices) if not reasons[i]]
+        usable = {name: [cells[place] for place in places] for name, cells in shaped.items()}
+        where = [f"data: {what}: row {indices[place]}" for place in places]
+        for place, found in zip(places, measure(usable, where, tokenizer, limits, data), strict=True):
+            measured[indices[place]] = found
+            reasons[indices[place]] = found.drop_reason
+        return shaped
+
+    features = datasets.Features({name: rows.features[name] for name in rows.column_names if name not in ignored})
     shaped = rows.map(
-        lambda row, i: shape_row(row, data, kind, f"data: {what}: row {i}"),
+        shape_batch,
+        batched=True,
+        batch_size=_ROWS_AT_ONCE,
         with_indices=True,
-        remove_columns=[column for column in ignored if column not in ("prompt", *COMPLETIONS[kind])],
+        input_columns=read,
+        remove_columns=[column for column in ignored if column not in made],
+        features=datasets.Features({**features, **dict.fromkeys(made, form)}),
         desc=f"Shaping {what}",
-        **_UNCACHED,
+        load_from_cache_file=False,
+        new_fingerprint=Hasher.hash((rows._fingerprint, data.model_dump_json(), kind, what)),  # else the closure's hash
     )
-    reasons: list[str] = shaped["drop_reason"][:]
-    usable = [i for i, reason in enumerate(reasons) if not reason]
-    lengths = _encoded_lengths(shaped, usable, kind, tokenizer, what)
-    limit = data.max_prompt_tokens
-    for i, length in zip(usable, lengths, strict=True):
-        if limit is not None and length > limit:
-            reasons[i] = "long prompt"
-            if data.long_prompts == "error":
-                raise ValueError(
-                    f"data.max_prompt_tokens: {what}: row {i} has a prompt of {length} tokens, more than {limit}; "
-                    "raise the limit, or write `long_prompts: drop`"
-                )
     kept = [i for i, reason in enumerate(reasons) if not reason]
     dropped = dict(Counter(filter(None, reasons)))
     if not kept:
-        raise ValueError(f"data: all {len(rows)} {what} were dropped: {dropped}")
-    tokens = [length for i, length in zip(usable, lengths, strict=True) if not reasons[i]]
+        raise ValueError(f"data: all {len(rows)} {what} were dropped: {dropped}{_advice(dropped, measured, limits)}")
+    found = [one for i in kept if (one := measured[i]) is not None]
     report: dict[str, Any] = {
         "rows": len(kept),
-        "prompt_tokens": {"mean": sum(tokens) / len(tokens), "max": max(tokens)},
+        "prompt_tokens": {
+            "mean": sum(one.num_prompt for one in found) / len(found),
+            "max": max(one.num_prompt for one in found),
+        },
         "dropped": dropped,
         "ignored_columns": ignored,
     }
-    shaped = shaped.remove_columns("drop_reason")
+    if limits.max_length is not None:
+        report["cut"] = sum(one.is_cut for one in found)
     return shaped.select(kept) if dropped else shaped, report
+
+
+def _form(rows: Dataset, read: list[str], data: DataConfig, kind: Kind, what: str) -> Any:
+    """The feature type of prompts and completions: that of the first row that can be used."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        batch = rows.select_columns(read)[start : start + _ROWS_AT_ONCE]
+        for i, values in enumerate(zip(*(batch[name] for name in read), strict=True), start=start):
+            row, reason = shape_row(dict(zip(read, values, strict=True)), data, kind, f"data: {what}: row {i}")
+            if not reason:
+                return _MESSAGES if isinstance(row["prompt"], list) else _TEXT
+    return _TEXT
+
+
+def _advice(dropped: dict[str, int], measured: list[Measured | None], limits: RowLimits) -> str:
+    if limits.max_length is None or not any("max_length" in reason for reason in dropped):
+        return ""
+    longest = max(one.num_all for one in measured if one is not None)
+    return (
+        f"; their prompts alone fill trainer.max_length ({limits.max_length} tokens), which leaves no token to learn: "
+        f"raise it (the longest row has {longest} tokens)"
+    )
+
+
+def _columns_read(rows: Dataset, data: DataConfig, kind: Kind) -> list[str]:
+    """The columns that prompts and completions are made of."""
+    if data.prompt_template is not None:
+        wanted = template_columns(data.prompt_template)
+    else:
+        wanted = [data.prompt or "prompt"]
+    wanted += [getattr(data, name) or name for name in COMPLETIONS[kind]]
+    return [name for name in dict.fromkeys(wanted) if name in rows.column_names] or rows.column_names[:1]
 
 
 def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
@@ -275,12 +326,10 @@ def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
             f"data: column {clash[0]!r} has the name of an argument that the trainer gives to rewards; "
             f"rename it in the file, for example to 'row_{clash[0]}'"
         )
-    needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
-    if not (kind == "sft" and isinstance(rows[0].get(data.prompt or "prompt"), list)):
-        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
-    if kind == "dpo" and is_conversation(rows[0].get(needed["chosen"])):
-        needed.pop("prompt", None)
-    for key, column in needed.items():
+    if data.prompt_template is not None:
+        for column in template_columns(data.prompt_template):
+            _require_column("prompt_template", column, columns)
+    for key, column in columns_needed(rows[0], data, kind).items():
         _require_column(key, column, columns)
 
 
@@ -303,30 +352,5 @@ def _with_sources(rows: Dataset, column: str, kind: Kind) -> Dataset:
     for i, value in enumerate(rows[column]):
         if not isinstance(value, (str, int, float, NoneType)):
             raise ValueError(f"data.source: row {i} has {value!r} as its {column}; it must be text or a number")
-        names.append(None if value is None else str(value))
+        names.append(None if value is None else str(whole(value)))
     return rows.remove_columns(column).add_column(column, names, feature=text)
-
-
-def _encoded_lengths(
-    rows: Dataset, indices: list[int], kind: Kind, tokenizer: PreTrainedTokenizerBase, what: str
-) -> list[int]:
-    """The number of tokens of each prompt in `indices`; ValueError where the tokenizer loses text."""
-    lengths: list[int] = []
-    for start in range(0, len(indices), 1000):
-        batch = rows[indices[start : start + 1000]]
-        prompts, where = batch["prompt"], [f"data: {what}: row {i}" for i in indices[start : start + 1000]]
-        if isinstance(prompts[0], list) and not tokenizer.chat_template:
-            raise ValueError(
-                "data: the prompts are chat messages, but the model's tokenizer has no chat template; "
-                "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
-            )
-        encoded = encode_prompts(prompts, tokenizer)
-        for prompt, ids, row in zip(prompts, encoded, where, strict=True):
-            check_encodable(text_of(prompt), ids, tokenizer, f"{row}: prompt")
-        for name in COMPLETIONS[kind]:
-            texts = [text_of(completion) for completion in batch[name]]
-            targets = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
-            for text, ids, row in zip(texts, targets, where, strict=True):
-                check_encodable(text, ids, tokenizer, f"{row}: {name}")
-        lengths += map(len, encoded)
-    return lengths

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -117,15 +117,25 @@ def any_true(flag: bool) -> bool:
     return bool(tensor.item())
 
 
-def check_same(decision: Tensor, what: str) -> str:
+def check_same(decision: Tensor, what: str, weights: Tensor | None = None) -> str:
     """Stop the run unless every rank made the same decision; returns its hash (16 hexadecimal digits).
 
-    decision: an integer tensor. Raises RuntimeError, on every rank, with the decisions that differ.
+    decision: an integer tensor. weights: float [k], of what was decided; ranks may differ by rounding, a thousandth.
+    Raises RuntimeError, on every rank, with the decisions that differ.
     """
     numbers = decision.cpu().contiguous()
     digest = hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
-    if world_size() > 1 and len(set(gather_objects(digest))) > 1:
-        decisions = gather_objects(numbers.tolist())
-        listing = "\n".join(f"  rank {index}: {found}" for index, found in enumerate(decisions))
-        raise RuntimeError(f"the ranks disagree on {what}; training would go wrong silently:\n{listing}")
+    if world_size() == 1:
+        return digest
+    weighed = torch.empty(0) if weights is None else weights.detach().float().cpu()
+    everyone = gather_objects((digest, weighed))
+    if len({its_digest for its_digest, _ in everyone}) > 1:
+        _disagree(what, gather_objects(numbers.tolist()))
+    if not all(torch.allclose(its_weights, everyone[0][1], rtol=1e-3, atol=0.0) for _, its_weights in everyone):
+        _disagree(f"the weights of {what}", [its_weights.tolist() for _, its_weights in everyone])
     return digest
+
+
+def _disagree(what: str, decisions: list[Any]) -> NoReturn:
+    listing = "\n".join(f"  rank {index}: {found}" for index, found in enumerate(decisions))
+    raise RuntimeError(f"the ranks disagree on {what}; training would go wrong silently:\n{listing}")

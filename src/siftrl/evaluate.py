@@ -8,27 +8,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from siftrl.reward_guard import RewardError, load_rewards
-from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
-from siftrl.row_shapes import Prompt, encode_prompts
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from siftrl.recipe import DataConfig
+from siftrl import distributed
+from siftrl.reward_guard import check_finite
+from siftrl.rollout import Engine, Sampling
+from siftrl.row_shapes import Prompt, encode_prompts, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +53,7 @@ class EvalReport:
     def std_error(self) -> float:
         """Standard error of the mean reward over prompts: completions of one prompt are no independent draws."""
         means = self.rewards.nanmean(1)
-        means = means[~means.isnan()]
-        return (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else math.nan
+        return _std_error(means[~means.isnan()])
 
     @property
     def mean_length(self) -> float:
@@ -88,8 +81,14 @@ class EvalReport:
 
     def pass_at_k(self, ks: Sequence[int] | None = None) -> dict[str, float]:
         """pass@k for each k (default: the powers of 2 up to s), as plain JSON."""
-        ks = [2**i for i in range(self.rewards.size(1).bit_length())] if ks is None else ks
-        return {str(k): pass_at_k(self.correct, k) for k in ks}
+        return {str(k): pass_at_k(self.correct, k) for k in self._ks(ks)}
+
+    def pass_at_k_errors(self, ks: Sequence[int] | None = None) -> dict[str, float]:
+        """The standard error of each pass@k over prompts."""
+        return {str(k): _std_error(_chances(self.correct, k)) for k in self._ks(ks)}
+
+    def _ks(self, ks: Sequence[int] | None) -> Sequence[int]:
+        return [2**i for i in range(self.rewards.size(1).bit_length())] if ks is None else ks
 
 
 def pass_at_k(correct: Tensor, k: int) -> float:
@@ -102,12 +101,22 @@ def pass_at_k(correct: Tensor, k: int) -> float:
     Args:
         correct: bool [n, s].
     """
+    return _chances(correct, k).mean().item()
+
+
+def _chances(correct: Tensor, k: int) -> Tensor:
+    """float64 [n]: each prompt's term of pass@k."""
     num_samples = correct.size(1)
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} needs at least {k} samples a prompt; there are {num_samples}")
     fails = num_samples - correct.sum(1)
     chances = [1 - math.comb(int(failed), k) / math.comb(num_samples, k) for failed in fails]
-    return sum(chances) / len(chances)
+    return torch.tensor(chances, dtype=torch.float64)
+
+
+def _std_error(values: Tensor) -> float:
+    """Of the mean of float [n]; NaN for fewer than two."""
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
 def score(
@@ -123,7 +132,8 @@ def score(
     A missing reward counts as 0 beside others; NaN where every reward is missing.
     """
     weight = torch.tensor(list(weights), dtype=torch.float32)
-    arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    arguments |= columns | {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
     scores = []
     for reward in rewards:
         values = reward(**arguments)
@@ -132,6 +142,7 @@ def score(
                 values = thread.submit(asyncio.run, _await(values)).result()
         scores.append([math.nan if value is None else float(value) for value in values])
     per_reward = torch.tensor(scores, dtype=torch.float32).T  # [m, rewards]
+    check_finite(per_reward, weight, [getattr(reward, "__name__", type(reward).__name__) for reward in rewards])
     total = (per_reward * weight).nansum(1)
     return torch.where(per_reward.isnan().all(1), math.nan, total)
 
@@ -146,11 +157,9 @@ def evaluate(
     dataset: Dataset,
     rewards: Sequence[Callable[..., Any]],
     weights: Sequence[float],
+    sampling: Sampling,
     *,
     samples: int = 1,
-    greedy: bool = True,
-    temperature: float = 1.0,
-    max_tokens: int = 256,
     batch_size: int = 256,
     seed: int = 0,
     threshold: float = 1.0,
@@ -163,12 +172,12 @@ def evaluate(
     the rows are spread over ranks changes what is measured.
 
     Args:
+        sampling: temperature 0 is greedy.
         batch_size: completions generated at once.
         tokenize: prompts to token ids; default: as the trainers do it.
     """
     prompts: list[Prompt] = dataset["prompt"][:] if len(dataset) else []
     prompt_ids = (tokenize or (lambda texts: encode_prompts(texts, tokenizer)))(prompts) if prompts else []
-    sampling = Sampling(max_tokens, temperature=0.0 if greedy else temperature)
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
     # prompts of like length share a batch: less padding
     order = sorted(range(len(jobs)), key=lambda job: len(prompt_ids[jobs[job][0]]))
@@ -176,12 +185,12 @@ def evaluate(
     for batch in _batches(order, batch_size, "Evaluating" if progress else None):
         batch_ids = [prompt_ids[jobs[job][0]] for job in batch]
         seeds = [_seed(seed, jobs[job][1], prompt) for job, prompt in zip(batch, batch_ids, strict=True)]
-        generated = engine.generate(batch_ids, sampling, None if greedy else seeds)
+        generated = engine.generate(batch_ids, sampling, seeds if sampling.temperature else None)
         for job, completion in zip(batch, generated.ids, strict=True):
             ids[job] = completion
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # type: ignore[assignment]
     totals = torch.full((len(jobs),), math.nan)
-    columns = [name for name in dataset.column_names if name not in ("prompt", "completion")]
+    columns = [name for name in dataset.column_names if name != "prompt"]
     for batch in _batches(list(range(len(jobs))), batch_size, None):
         rows = [jobs[job][0] for job in batch]
         cells = dataset[rows]
@@ -190,7 +199,7 @@ def evaluate(
             weights,
             [prompts[row] for row in rows],
             [_as_completion(prompts[row], texts[job]) for row, job in zip(rows, batch, strict=True)],
-            {name: cells[name] for name in columns},
+            {name: _cells(name, cells[name]) for name in columns},
             [ids[job] for job in batch],
         )
     ended = [bool(row) and row[-1] in engine.eos_ids for row in ids]
@@ -199,10 +208,39 @@ def evaluate(
     return EvalReport(
         rewards=totals.view(shape),
         lengths=lengths.view(shape),
-        cut=((lengths >= max_tokens) & ~torch.tensor(ended, dtype=torch.bool)).view(shape),
+        cut=((lengths >= sampling.max_tokens) & ~torch.tensor(ended, dtype=torch.bool)).view(shape),
         texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
         threshold=threshold,
     )
+
+
+def _cells(name: str, cells: list[Any]) -> list[Any]:
+    """A column for the rewards: the targets of SFT (`completion`) are text, as the answers of other columns are."""
+    return [text_of(cell) if isinstance(cell, list) else cell for cell in cells] if name == "completion" else cells
+
+
+def evaluate_on_ranks(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    rewards: Sequence[Callable[..., Any]],
+    weights: Sequence[float],
+    sampling: Sampling,
+    *,
+    spread: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """`summarise(evaluate(...))` over all ranks, the same on each. spread: each rank has an engine of its own, and
+    generates for its share of the rows; else every rank asks one engine for all of them."""
+    mine, share = rows, len(rows)
+    if spread:
+        world = distributed.world_size()
+        own = list(range(distributed.rank(), len(rows), world))
+        share = len(own)
+        # every rank generates as many batches: with sharded weights a forward pass takes all ranks
+        mine = rows.select(own + [0] * (-(-len(rows) // world) - share))
+    report = evaluate(engine, tokenizer, mine, rewards, weights, sampling, **options).first(share)
+    return summarise(distributed.gather_objects(report) if spread else [report])
 
 
 def summarise(reports: Sequence[EvalReport], ks: Sequence[int] | None = None) -> dict[str, Any]:
@@ -240,99 +278,3 @@ def _batches(items: list[int], size: int, progress: str | None) -> Any:
 
     batches = [items[i : i + size] for i in range(0, len(items), size)]
     return tqdm(batches, desc=progress, unit="batch", disable=progress is None)
-
-
-# ----------------------------------------------------------------------------------------------- siftrl eval
-
-
-def evaluate_command(args: Namespace) -> int:
-    """`siftrl eval`: measure a model, print a table, write `--out`. Returns the exit code.
-
-    Each line of `--out` is a row of the data with `samples`, `rewards`, `mean_reward` and `pass_rate` added, so that
-    the file can be trained on (`data: {path: ...}`) with the static_filter selector.
-    """
-    from siftrl.data import load_data
-    from siftrl.models import load_policy, load_tokenizer
-    from siftrl.recipe import ModelConfig, RewardConfig
-
-    if args.k and max(args.k) > args.samples:
-        raise ValueError(f"--k: pass@{max(args.k)} needs --samples {max(args.k)} or more, not {args.samples}")
-    if args.temperature == 0 and args.samples > 1:
-        raise ValueError(f"--samples: {args.samples} greedy completions are all the same; raise --temperature")
-    model_config = ModelConfig(path=args.model)
-    rewards, weights = load_rewards([RewardConfig(name=name) for name in args.reward])
-    tokenizer = load_tokenizer(model_config)
-    rows = load_data(_data_config(args), "grpo", tokenizer).train
-    engine: Engine
-    if args.engine == "vllm":
-        engine = VLLMEngine.from_path(args.model)
-    else:
-        model, _, _ = load_policy(model_config, for_training=False)
-        engine = TransformersEngine(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)  # type: ignore[arg-type]
-    try:
-        report = evaluate(
-            engine,
-            tokenizer,
-            rows,
-            rewards,
-            weights,
-            samples=args.samples,
-            greedy=args.temperature == 0,
-            temperature=args.temperature,
-            max_tokens=args.max_tokens,
-            batch_size=args.batch_size,
-        )
-    except RewardError as error:
-        raise ValueError(str(error)) from error
-    _print_table(args.model, summarise([report], args.k or None))
-    if args.out is not None:
-        _write_rows(Path(args.out), rows, report)
-    return 0
-
-
-def _data_config(args: Namespace) -> DataConfig:
-    from siftrl.recipe import DataConfig
-
-    keys: dict[str, Any] = {"prompt": args.prompt, "prompt_template": args.prompt_template, "limit": args.limit}
-    source, colon, family = args.data.partition(":")
-    if colon and source == "reasoning_gym":
-        keys["reasoning_gym"] = {"tasks": [{"name": family}], "size": args.limit or 256}
-    else:
-        keys |= {"path": args.data, "split": args.split}
-    return DataConfig.model_validate({key: value for key, value in keys.items() if value is not None})
-
-
-def _print_table(model: str, summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=model, show_header=False)
-    error = summary["std_error"]
-    table.add_row("prompts", f"{summary['rows']:,}")
-    table.add_row("mean reward", _number(summary["reward"]) + ("" if error is None else f" ± {error:.4f}"))
-    for k, value in summary["pass_at_k"].items():
-        table.add_row(f"pass@{k}", _number(value))
-    table.add_row("tokens a completion", f"{summary['mean_length']:.1f}")
-    table.add_row("truncated", f"{summary['truncated']:.1%}")
-    if summary["missing"]:
-        table.add_row("without a reward", f"{summary['missing']:.1%}")
-    Console(highlight=False).print(table)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
-
-
-def _write_rows(path: Path, rows: Dataset, report: EvalReport) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for row, texts, rewards, correct in zip(rows, report.texts, report.rewards, report.correct, strict=True):
-            mean = rewards.nanmean().item()
-            line = {
-                **row,
-                "samples": texts,
-                "rewards": [None if math.isnan(reward) else reward for reward in rewards.tolist()],
-                "mean_reward": None if math.isnan(mean) else mean,
-                "pass_rate": correct.double().mean().item(),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

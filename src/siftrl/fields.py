@@ -16,5 +16,12 @@ NonNegative = Annotated[float, Ge(0)]
 """A number, 0 or more."""
 Positive = Annotated[float, Gt(0)]
 """A number above 0."""
+Rate = Annotated[float, Gt(0), Le(1)]
+"""A learning rate of Adam: above 0, and at most 1, which moves a weight by about 1 in a step."""
 Share = Annotated[float, Ge(0), Le(1)]
 """A share of something, from 0 to 1."""
+MODEL, WEIGHTS = "model", "weights"
+ModelPath = Annotated[str, MODEL]
+"""A model's local folder or hub name; where it is a folder, it is looked at before anything is loaded."""
+WeightsPath = Annotated[str, WEIGHTS]
+"""The same, of a model whose own tokenizer is not read."""

@@ -213,7 +213,8 @@ def check_tokenizer(
 
     Args:
         where: the model's path, for the message.
-        num_embeddings: rows of the model's embedding; no token's id may lie beyond.
+        num_embeddings: rows of the model's embedding; no id of a special token that text is given may lie beyond.
+            (Of other tokens, rows that hold one are refused: `siftrl.row_limits`.)
     """
     special = set(tokenizer.all_special_ids)
     own = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
@@ -231,12 +232,13 @@ def check_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    largest = max(tokenizer.get_vocab().values())
-    if num_embeddings is not None and largest >= num_embeddings:
-        raise ValueError(
-            f"model.path: {where}: its tokenizer has token ids up to {largest}, but the model embeds only "
-            f"{num_embeddings} tokens; use the tokenizer that the model was trained with"
-        )
+    used = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    for name, token in used.items():
+        if num_embeddings is not None and isinstance(token, int) and token >= num_embeddings:
+            raise ValueError(
+                f"model.path: {where}: its tokenizer's {name} token is number {token}, but the model embeds only "
+                f"{num_embeddings} tokens; use the tokenizer that the model was trained with"
+            )
 
 
 def _survives(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

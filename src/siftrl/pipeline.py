@@ -31,12 +31,15 @@ from siftrl import distributed, end_tokens, models, origin, plugins, precision, 
 from siftrl.batch_arithmetic import batch_arithmetic
 from siftrl.data import DataSplits, load_data
 from siftrl.deepspeed_config import deepspeed_config
+from siftrl.held_out import HeldOut, measurement
 from siftrl.recipe import AnyStage, DPOStage, GRPOStage, ModelConfig, Recipe, SFTStage, dump
 from siftrl.report import Progress, print_summary, say
-from siftrl.reward_guard import load_rewards
-from siftrl.rollout import RolloutOptions, Sampling, free_memory
+from siftrl.reward_guard import close_rewards, load_rewards
+from siftrl.rollout import RolloutOptions, free_memory
+from siftrl.row_limits import stage_limits
 from siftrl.row_shapes import COMPLETIONS
 from siftrl.run import Interrupted, Recorder, check_folder, environment, write_json
+from siftrl.types import PromptSelector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +122,8 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, resume: bool) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(model)
-    data = load_data(recipe.data_of(stage), stage.kind, tokenizer)
+    limits = stage_limits(stage, model)
+    data = load_data(recipe.data_of(stage), stage.kind, tokenizer, limits)
     say(f"stage {stage.name} ({stage.kind}): {_describe(data)}")
     checkpoints = recipe.run_folder / "checkpoints" / stage.name
     recorder = Recorder(
@@ -141,15 +145,17 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress(stage.name))
-    evals: dict[str, Any] = {}
-    if isinstance(stage, GRPOStage) and stage.eval is not None and data.eval is not None:
-        trainer.add_callback(_HeldOut(stage, trainer, data, recipe, evals))
+    held_out: HeldOut | None = None
+    if data.eval is not None:
+        measure = measurement(recipe, stage, trainer, data.eval, tokenizer)
+        held_out = HeldOut(measure, stage.eval.every if stage.eval else None, trainer)
+        trainer.add_callback(held_out)
     checkpoint = state.last_checkpoint(checkpoints) if resume else None
     if checkpoint is not None:
         say(f"stage {stage.name}: resuming from {checkpoint}")
         state.discard_after(checkpoints, state.step_of(checkpoint)) if distributed.is_main() else None
-        if (before := checkpoints / "before.json").exists():
-            evals["before"] = json.loads(before.read_text(encoding="utf-8"))
+        if held_out is not None:
+            held_out.resume(checkpoints)
     elif resume and distributed.is_main():
         recorder.rewind(-1)
     with _stop_on_signal(trainer) as stopped:
@@ -159,13 +165,13 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
             f"stopped in stage {stage.name} after step {trainer.state.global_step}; the checkpoint is in "
             f"{checkpoints}. Go on with the same command and --resume"
         )
-    if isinstance(stage, GRPOStage) and "before" in evals:
-        evals["after"] = _held_out(stage, trainer, data, recipe)
-        if distributed.is_main():
-            recorder.metrics(trainer.state.global_step, {"held_out": evals["after"], **trainer.sift_summary()})
+    if held_out is not None:
+        held_out.finish()
+    if isinstance(stage, GRPOStage):
+        close_rewards(trainer.reward_funcs)
     _save_model(trainer, tokenizer, done, model)
-    report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": evals}
-    report |= {"steps": trainer.state.global_step, **trainer.sift_summary()}
+    report: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "eval": held_out.results if held_out else {}}
+    report |= {"steps": trainer.state.global_step, **trainer.sift_summary(), "warnings": trainer.health.warnings}
     if data.report:
         report["data"] = data.report
     return report
@@ -177,6 +183,8 @@ def _describe(data: DataSplits) -> str:
     if data.eval is not None:
         parts.append(f"{len(data.eval)} held out")
     parts += [f"{count} dropped ({reason})" for reason, count in report["dropped"].items() if count]
+    if cut := report.get("cut"):
+        parts.append(f"{cut} cut to trainer.max_length")
     if report["ignored_columns"]:
         parts.append(f"columns not used: {', '.join(report['ignored_columns'])}")
     return ", ".join(parts)
@@ -251,6 +259,9 @@ def _grpo_trainer(
     options["model_init_kwargs"] = models.model_init_kwargs(model)
     rewards, weights = load_rewards(recipe.rewards_of(stage))
     chosen = stage.prompt_selector
+    selector = plugins.load("selector", chosen.name, chosen.options) if chosen else None
+    if selector is not None:
+        _check_candidates(selector, stage, len(data.train))
     rollout = stage.rollout
     return GRPOTrainer(
         model=model.path,
@@ -260,12 +271,26 @@ def _grpo_trainer(
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
-        prompt_selector=plugins.load("selector", chosen.name, chosen.options) if chosen else None,
+        prompt_selector=selector,
         rollout=RolloutOptions(rollout.seeded, rollout.max_logprob_drift, rollout.engine_args),
         skip_zero_advantage=stage.selection.skip_zero_advantage,
+        halt_on_no_signal=recipe.logging.halt_on_no_signal,
         recorder=recorder,
         **_selection_options(recipe, stage),
     )
+
+
+def _check_candidates(selector: PromptSelector, stage: GRPOStage, rows: int) -> None:
+    """Ask the selector itself how many prompts it draws, before a model is loaded."""
+    keep = stage.prompts_per_step
+    drawn, who = selector.num_candidates(keep), f"stage {stage.name}: {type(selector).__name__}"
+    if not isinstance(drawn, int) or drawn < keep:
+        raise ValueError(f"{who}.num_candidates({keep}) is {drawn!r}; it must be a whole number, {keep} or more")
+    if drawn > rows:
+        raise ValueError(
+            f"{who} draws {drawn} prompts for the {keep} of a step, the data has only {rows} to train on; lower "
+            "prompts_per_step, or what the selector draws"
+        )
 
 
 def _row_trainer(
@@ -287,10 +312,15 @@ def _row_trainer(
     source = selection["source_column"]
     columns = ["prompt", *COMPLETIONS[stage.kind], *([source] if source else [])]
     trainer, config = (SFTTrainer, SFTConfig) if stage.kind == "sft" else (DPOTrainer, DPOConfig)
+    held_out = None if data.eval is None else data.eval.select_columns(["prompt", *COMPLETIONS[stage.kind]])
+    options.setdefault("per_device_eval_batch_size", stage.micro_batch_size)
+    if stage.kind == "sft":
+        options.setdefault("eval_packing", False)
     return trainer(
         model=model.path,
         args=config(**options),
         train_dataset=data.train.select_columns(columns),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=models.peft_config(model),
         quantization_config=models.quantization_config(model),
@@ -333,19 +363,6 @@ def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
     }
 
 
-def _held_out(stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
-    """Mean reward on the held-out rows, spread over the ranks."""
-    assert stage.eval is not None and data.eval is not None
-    temperature = 0.0 if stage.eval.greedy else stage.rollout.temperature
-    return trainer.evaluate_rewards(
-        data.eval,
-        Sampling(stage.rollout.max_completion_tokens, temperature=temperature),
-        samples=stage.eval.samples,
-        batch_size=stage.eval.batch_size,
-        seed=recipe.seed,
-    )
-
-
 def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) -> None:
     """Save what the stage made so that transformers and vLLM load it; adapters are merged, and kept beside."""
     shutil.rmtree(folder, ignore_errors=True) if distributed.is_main() else None
@@ -363,36 +380,6 @@ def _save_model(trainer: Any, tokenizer: Any, folder: Path, model: ModelConfig) 
     if distributed.is_main():
         tokenizer.save_pretrained(str(folder))
     distributed.barrier()
-
-
-class _HeldOut(TrainerCallback):
-    """Evaluates on the held-out rows before the first step, and every so many steps."""
-
-    def __init__(
-        self, stage: GRPOStage, trainer: GRPOTrainer, data: DataSplits, recipe: Recipe, evals: dict[str, Any]
-    ) -> None:
-        self.measure = lambda: _held_out(stage, trainer, data, recipe)
-        self.every = stage.eval.every if stage.eval is not None else None
-        self.trainer, self.evals = trainer, evals
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # here the model is on its device, and sharded where it will be
-        if state.global_step == 0:
-            self.evals["before"] = self._record(0)
-            if distributed.is_main():  # a resumed run cannot measure it any more
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                write_json(Path(args.output_dir) / "before.json", self.evals["before"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self._record(state.global_step)
-
-    def _record(self, step: int) -> dict[str, Any]:
-        result = self.measure()
-        costs = self.trainer.sift_summary()
-        if distributed.is_main() and self.trainer.recorder is not None:
-            self.trainer.recorder.metrics(step, {"held_out": result, **costs})
-        return result
 
 
 @contextmanager

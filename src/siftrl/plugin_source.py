@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_REALLY_IMPORTED = {
+REALLY_IMPORTED = {
     *("typing", "typing_extensions", "annotated_types", "collections.abc", "datetime", "fractions", "math"),
     *("pathlib", "re", "string", "siftrl.fields"),
 }
@@ -65,7 +65,7 @@ class Module:
             return None if statement is None or isinstance(statement, ast.Import) else (self, statement)
         origin = _absolute(statement, self)
         original = next(alias.name for alias in statement.names if (alias.asname or alias.name) == name)
-        module = None if origin in _REALLY_IMPORTED else find_module(origin)
+        module = None if origin in REALLY_IMPORTED else find_module(origin)
         return module.resolve(original) if module else None
 
 
@@ -99,7 +99,7 @@ def parse(name: str, path: Path) -> Module:
         raise Unreadable(f"{path}:{error.lineno}: {error.msg}") from None
     statements: dict[str, ast.stmt] = {}
     for statement in _flat(tree.body):
-        for bound in _bound_names(statement):
+        for bound in bound_names(statement):
             statements[bound] = statement
     return Module(name, path, statements, ast.get_docstring(tree) or "", text.splitlines())
 
@@ -113,7 +113,7 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield statement
 
 
-def _bound_names(statement: ast.stmt) -> list[str]:
+def bound_names(statement: ast.stmt) -> list[str]:
     if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return [statement.name]
     if isinstance(statement, ast.ImportFrom):
@@ -163,13 +163,22 @@ def methods(node: ast.ClassDef, module: Module) -> set[str]:
     return names.union(*(methods(base, where) for where, base in bases(node, module)))
 
 
+def method(node: ast.ClassDef, module: Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The class's method of that name, an inherited one included; None where no class with source defines one."""
+    for item in reversed(node.body):
+        if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name == name:
+            return item
+    inherited = (method(base, where, name) for where, base in bases(node, module))
+    return next((found for found in inherited if found is not None), None)
+
+
 def class_attribute(node: ast.ClassDef, module: Module, name: str) -> Any:
     """The value of a class attribute, an inherited one included; None where no class with source assigns it one.
 
     Raises Unreadable where the value needs an import of the plugin.
     """
     for item in reversed(node.body):
-        if isinstance(item, (ast.Assign, ast.AnnAssign)) and item.value and name in _bound_names(item):
+        if isinstance(item, (ast.Assign, ast.AnnAssign)) and item.value and name in bound_names(item):
             return evaluate(item.value, module, None)
     inherited = (class_attribute(base, where, name) for where, base in bases(node, module))
     return next((value for value in inherited if value is not None), None)
@@ -210,6 +219,14 @@ def function_options(node: ast.FunctionDef | ast.AsyncFunctionDef, module: Modul
         for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
         if default is not None
     }
+
+
+def required_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """A function's parameters without a default, in order; `*args` and `**kwargs` are none."""
+    positional = [*node.args.posonlyargs, *node.args.args]
+    required = positional[: len(positional) - len(node.args.defaults)]
+    keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return [arg.arg for arg in [*required, *(arg for arg, default in keywords if default is None)]]
 
 
 def _doc_below(body: list[ast.stmt], position: int) -> str:
@@ -255,10 +272,10 @@ class Names(Mapping[str, Any]):
             return getattr(builtins, name)
         if isinstance(statement, ast.Import):
             alias = next(a for a in statement.names if (a.asname or a.name.partition(".")[0]) == name)
-            if alias.name in _REALLY_IMPORTED:
+            if alias.name in REALLY_IMPORTED:
                 imported = importlib.import_module(alias.name)
                 return imported if alias.asname else importlib.import_module(alias.name.partition(".")[0])
-        if isinstance(statement, ast.ImportFrom) and (origin := _absolute(statement, self.module)) in _REALLY_IMPORTED:
+        if isinstance(statement, ast.ImportFrom) and (origin := _absolute(statement, self.module)) in REALLY_IMPORTED:
             original = next(a.name for a in statement.names if (a.asname or a.name) == name)
             return getattr(importlib.import_module(origin), original)
         resolved = self.module.resolve(name)

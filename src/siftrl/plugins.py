@@ -8,6 +8,8 @@ before torch is imported; `load` is what really imports it. This module must sta
   selector with `reads_rewards = True` in its class is for grpo stages only.
 - A reward file holds one public dataclass with `__call__`, or a public function named like the file, whose options
   are its keyword-only parameters that have a default. Either has TRL's signature: (completions, **columns).
+  `reads = ("answer",)` in its class names the columns that it reads; parameters without a default do so, too.
+  `row_by_row = True` in its class says that it judges each completion by itself, so that a call may be split.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
+from siftrl.fields import MODEL, WEIGHTS
 from siftrl.plugin_source import (
     FieldSource,
     Module,
@@ -35,10 +38,14 @@ from siftrl.plugin_source import (
     find_module,
     function_options,
     is_dataclass,
+    method,
     methods,
     parse,
+    required_parameters,
 )
+from siftrl.plugin_stand_in import StandIn, has_member
 from siftrl.recipe_text import RecipeError, choose, describe_error, near
+from siftrl.reward_columns import TRL_ARGUMENTS
 
 Kind = Literal["selector", "reward"]
 ROLES = {"propose": "prompt", "select": "batch"}
@@ -63,12 +70,21 @@ class Plugin:
     node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None = None
     reads_rewards: bool = False
     """Whether it is a batch selector that reads rewards or advantages, which only the completions of grpo have."""
+    row_by_row: bool = False
+    """Whether it is a reward that judges each completion by itself, so that a call may be split."""
+    reads: tuple[str, ...] | None = None
+    """The columns that it reads, as it declares them (`columns_read` fills in its options); None: it does not."""
 
     @property
     def summary(self) -> str:
         """The first line of its docstring, or of its file's."""
         text = (ast.get_docstring(self.node) if self.node else "") or (self.source.docstring if self.source else "")
         return text.partition("\n")[0]
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a reward that is a function, which is called with its options and the columns alike."""
+        return isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef))
 
     @property
     def fields(self) -> dict[str, FieldSource]:
@@ -130,7 +146,7 @@ def _find(kind: Kind, name: str) -> Plugin:
     ]
     function = source.statements.get(name)
     if kind == "reward" and isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return Plugin(name, kind, source.name, name, "reward", source, function)
+        return _reward_function(name, source.name, name, source, function)
     if len(classes) != 1:
         raise PluginError(
             f"{path} must hold one public @dataclass with {' or '.join(sorted(wanted))}, it has {len(classes)}", "name"
@@ -151,7 +167,7 @@ def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin
     if isinstance(node, ast.ClassDef):
         return _plugin_class(name, kind, module_name, symbol, where, node)
     if kind == "reward" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return Plugin(name, kind, module_name, symbol, "reward", where, node)
+        return _reward_function(name, module_name, symbol, where, node)
     if kind == "selector":
         raise PluginError(f"{name}: must be a class with propose or select", "name")
     return Plugin(name, kind, module_name, symbol, "reward")
@@ -160,7 +176,67 @@ def _find_object(kind: Kind, name: str, module_name: str, symbol: str) -> Plugin
 def _plugin_class(name: str, kind: Kind, module_name: str, symbol: str, source: Module, node: ast.ClassDef) -> Plugin:
     role = _role(kind, node, source)
     reads_rewards = role == "batch" and class_attribute(node, source, "reads_rewards") is True
-    return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards)
+    row_by_row = role == "reward" and class_attribute(node, source, "row_by_row") is True
+    reads = _reads(node, source, role)
+    return Plugin(name, kind, module_name, symbol, role, source, node, reads_rewards, row_by_row, reads)
+
+
+def _reward_function(
+    name: str, module_name: str, symbol: str, source: Module, node: ast.FunctionDef | ast.AsyncFunctionDef
+) -> Plugin:
+    return Plugin(name, "reward", module_name, symbol, "reward", source, node, reads=_columns_required(node))
+
+
+def _reads(node: ast.ClassDef, source: Module, role: str) -> tuple[str, ...] | None:
+    declared = class_attribute(node, source, "reads")
+    if declared is None:
+        if role != "reward":
+            return None
+        call = method(node, source, "__call__")
+        return None if call is None else _columns_required(call, 1)
+    if not isinstance(declared, (tuple, list)) or not all(isinstance(entry, str) for entry in declared):
+        problem = f'reads must be a tuple of column names, for example ("answer",), not {declared!r}'
+        raise PluginError(f"class {node.name}: {problem}", "name")
+    return tuple(declared)
+
+
+def _columns_required(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int = 0) -> tuple[str, ...] | None:
+    """The columns that a function cannot be called without; None where it takes `**columns` alone: any or none."""
+    columns = tuple(name for name in required_parameters(node)[skip:] if name not in TRL_ARGUMENTS)
+    return None if not columns and node.args.kwarg else columns
+
+
+def columns_read(plugin: Plugin, options: dict[str, Any]) -> tuple[tuple[str, ...], ...] | None:
+    """The data columns that a reward (or selector) reads with these options, as its source declares them.
+
+    Each inner tuple holds alternatives, one of which must be among the data's columns. None: the reward does not
+    declare what it reads, so it cannot be checked.
+
+    In `reads` of its class, `{NAME}` is the column that the option NAME names, and `|` stands between
+    alternatives: with "{column}|answer|solution" an option `column` that is set stands alone, a null one is passed
+    over. Raises PluginError for an entry that names no option, or one that is no column's name.
+    """
+    if plugin.reads is None:
+        return None
+    values = validate(plugin.kind, plugin.name, options)
+    columns = []
+    for entry in plugin.reads:
+        alternatives: list[str] = []
+        for part in entry.split("|"):
+            if not (part.startswith("{") and part.endswith("}")):
+                alternatives.append(part)
+                continue
+            option = part[1:-1]
+            value = values.get(option)
+            if option not in values or not isinstance(value, str | None):
+                problem = f"{entry!r}: {option!r} is no option that names a column{choose(option, list(values))}"
+                raise PluginError(f"class {plugin.symbol}: reads: {problem}", "name")
+            if value is not None:
+                alternatives = [value]
+                break
+        if alternatives:
+            columns.append(tuple(alternatives))
+    return tuple(columns)
 
 
 def _role(kind: Kind, node: ast.ClassDef, source: Module) -> str:
@@ -232,8 +308,61 @@ def _validated(kind: Kind, name: str, options: dict[str, Any]) -> BaseModel:
 
 
 def validate(kind: Kind, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as plain data, defaults included. Raises PluginError with the key that is wrong."""
-    return _validated(kind, name, options).model_dump(mode="json")
+    """The options as plain data, defaults included. Raises PluginError with the key that is wrong.
+
+    What the class's `__post_init__` says of them counts as well, where it runs without an import.
+    """
+    values = _validated(kind, name, options)
+    plugin = find(kind, name)
+    if isinstance(plugin.node, ast.ClassDef) and plugin.source is not None:
+        _stand_in(plugin.node, plugin.source, values)
+    return values.model_dump(mode="json")
+
+
+def _stand_in(node: ast.ClassDef, source: Module, values: BaseModel) -> StandIn:
+    """The plugin that these options make, not imported. Raises PluginError with what its `__post_init__` refuses."""
+    fields = {}
+    for name in type(values).model_fields:
+        value = getattr(values, name)
+        if isinstance(value, BaseModel):
+            try:
+                value = _stand_in(*_dataclass_of(value), value)
+            except PluginError as error:
+                raise PluginError(error.problem, name, *error.key) from None
+        fields[name] = value
+    made = StandIn(node, source, fields)
+    if has_member(node, source, "__post_init__"):
+        try:
+            made.__post_init__()
+        except ValueError as error:
+            raise PluginError(str(error)) from None
+        except Exception:  # it takes an import: `load` will tell
+            pass
+    return made
+
+
+def _dataclass_of(model: BaseModel) -> tuple[ast.ClassDef, Module]:
+    """The dataclass that a nested model stands for, as its source has it."""
+    module, symbol = type(model).__siftrl_origin__  # type: ignore[attr-defined]
+    source = find_module(module)
+    assert source is not None
+    node = source.statements[symbol]
+    assert isinstance(node, ast.ClassDef)
+    return node, source
+
+
+def num_candidates(name: str, options: dict[str, Any], keep: int) -> int | None:
+    """How many prompts a prompt selector draws in order to keep `keep`; None where only the object itself can say."""
+    plugin = find("selector", name)
+    if not isinstance(plugin.node, ast.ClassDef) or plugin.source is None:
+        return None
+    if not has_member(plugin.node, plugin.source, "num_candidates"):  # it need not subclass PromptSelector
+        return None
+    try:
+        drawn = _stand_in(plugin.node, plugin.source, _validated("selector", name, options)).num_candidates(keep)
+    except Exception:
+        return None
+    return drawn if isinstance(drawn, int) and not isinstance(drawn, bool) else None
 
 
 def load(kind: Kind, name: str, options: dict[str, Any] | None = None) -> Any:
@@ -291,6 +420,30 @@ def check(plugin: Any) -> None:
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise PluginError(f"{type(plugin).__name__}.{field.name}: {message}, not {value!r}") from None
+
+
+def model_paths(kind: Kind, name: str, options: dict[str, Any]) -> list[tuple[tuple[str, ...], str, bool]]:
+    """The models that a plugin loads with these options, its fields of type `ModelPath` or `WeightsPath`.
+
+    Returns (the option's key, path, whether the model's tokenizer is read, too) of each.
+    """
+    return _model_paths(_validated(kind, name, options))
+
+
+def _model_paths(values: BaseModel) -> list[tuple[tuple[str, ...], str, bool]]:
+    found: list[tuple[tuple[str, ...], str, bool]] = []
+    for name, field in type(values).model_fields.items():
+        value, marks = getattr(values, name), (*field.metadata, *_metadata(field.annotation))
+        if isinstance(value, BaseModel):
+            found += [((name, *key), path, tokenizer) for key, path, tokenizer in _model_paths(value)]
+        elif isinstance(value, str) and (MODEL in marks or WEIGHTS in marks):
+            found.append(((name,), value, MODEL in marks))
+    return found
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    """What the parts of a union are annotated with."""
+    return [each for part in typing.get_args(annotation) for each in getattr(part, "__metadata__", ())]
 
 
 def describe(kind: Kind, name: str) -> tuple[Plugin, tuple[Option, ...]]:

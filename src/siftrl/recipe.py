@@ -90,6 +90,10 @@ BatchSelectors = Annotated[
 """One batch selector, or a chain of them."""
 
 
+EVAL_COMPLETION_TOKENS = 256
+"""The most tokens of a completion of a held-out prompt, where neither `rollout` nor `eval` says it."""
+
+
 class Stage(Section):
     """What every kind of stage has."""
 
@@ -108,6 +112,8 @@ class Stage(Section):
     """How rows are scored for the batch selector."""
     selection: SelectionConfig = SelectionConfig()
     """What choosing rows may cost, and what becomes of completions that teach nothing."""
+    eval: EvalConfig | None = None
+    """Evaluation on the held-out rows; null: where there are any, before and after the stage."""
     trainer: dict[str, Any] = {}
     """Options of TRL's config class (SFTConfig, DPOConfig, GRPOConfig), passed through."""
 
@@ -130,6 +136,19 @@ class Stage(Section):
         if isinstance(self.batch_selector, list):
             return [("batch_selector", index) for index in range(len(self.batch_selector))]
         return [("batch_selector",)] if self.batch_selector else []
+
+    @property
+    def temperature(self) -> float:
+        """Of completions that are not greedy."""
+        return 1.0
+
+    def eval_sampling(self) -> dict[str, Any]:
+        """How completions of held-out prompts are drawn: the fields of `siftrl.rollout.Sampling`."""
+        settings = self.eval or EvalConfig()
+        return {
+            "max_tokens": settings.max_completion_tokens or EVAL_COMPLETION_TOKENS,
+            "temperature": 0.0 if settings.greedy else self.temperature,
+        }
 
 
 class SFTStage(Stage):
@@ -160,8 +179,20 @@ class GRPOStage(Stage):
     prompt_selector: SelectorConfig | None = None
     """Chooses the prompts of a step before the rollouts; null: the data set's shuffled order, as TRL does."""
     rollout: RolloutConfig = RolloutConfig()
-    eval: EvalConfig | None = None
-    """Mean reward on the held-out rows before and after the stage; null: none."""
+
+    @property
+    def temperature(self) -> float:
+        return self.rollout.temperature
+
+    def eval_sampling(self) -> dict[str, Any]:
+        rollout = self.rollout
+        return super().eval_sampling() | {
+            "max_tokens": rollout.max_completion_tokens,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "min_p": rollout.min_p,
+            "repetition_penalty": rollout.repetition_penalty,
+        }
 
 
 AnyStage = Annotated[SFTStage | DPOStage | GRPOStage, Field(discriminator="kind")]
@@ -172,7 +203,7 @@ class Recipe(Section):
 
     name: Name = "run"
     """The run folder's name; by default the recipe file's."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelConfig
     data: DataConfig | None = None
     rewards: list[RewardConfig] = []
@@ -191,6 +222,10 @@ class Recipe(Section):
     def rewards_of(self, stage: Stage) -> list[RewardConfig]:
         """The stage's own rewards, or the recipe's."""
         return self.rewards if stage.rewards is None else stage.rewards
+
+    def measures_rewards(self, stage: AnyStage) -> bool:
+        """Whether the stage's evaluation generates completions: grpo always, sft where its `eval` is written."""
+        return stage.kind == "grpo" or (stage.kind == "sft" and stage.eval is not None and bool(self.rewards_of(stage)))
 
     @property
     def run_folder(self) -> Path:

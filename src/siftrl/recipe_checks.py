@@ -19,6 +19,7 @@ from siftrl.generation_rules import check_generation
 from siftrl.plugin_source import Module, dataclass_fields, parse
 from siftrl.recipe_sections import DataConfig, RewardConfig, RolloutConfig
 from siftrl.recipe_text import Key, RecipeError, choose, near
+from siftrl.trainer_checks import check_trainer_packages, check_trainer_values
 from siftrl.trl_options import check_trainer_options
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _OWN_ORDER = "the rows come in an order of siftrl's own, drawn from the recipe's
 _NOT_WITH_A_BATCH_SELECTOR = {
     "sft": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
     "dpo": _IN_ALL | {"train_sampling_strategy": ("random", _OWN_ORDER)},
-    "grpo": _IN_ALL,
+    "grpo": _IN_ALL | {"remove_unused_columns": (False, "completions are told apart by a column of their own")},
 }
 """TRL's options that batch selection cannot work with, by kind of stage: option -> (its harmless value, why)."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -73,6 +74,8 @@ def check_recipe(recipe: Recipe, world_size: int, check_installed: bool = True) 
     _check_rewards(recipe.rewards, ("rewards",), need)
     for index, stage in enumerate(recipe.stages):
         _check_stage(recipe, stage, ("stages", index), world_size, need)
+        if check_installed:
+            with_key(check_trainer_packages, stage.trainer, key=("stages", index, "trainer"))
 
 
 def _check_precision(recipe: Recipe) -> None:
@@ -113,8 +116,11 @@ def _check_names(recipe: Recipe) -> None:
 def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, need: Any) -> None:
     if stage.data:
         _check_data(stage.data, (*key, "data"), need)
-    if stage.kind != "grpo" and stage.rewards is not None:
+    if stage.kind == "dpo" and stage.rewards is not None:
         raise RecipeError(f"has no effect in {_a(stage)}; remove it", *key, "rewards")
+    if stage.kind == "sft" and stage.rewards and stage.eval is None:
+        problem = "has no effect in an sft stage without `eval`; write `eval: {}` to measure them on held-out rows"
+        raise RecipeError(f"{problem}, or remove it", *key, "rewards")
     if stage.rewards is not None:
         _check_rewards(stage.rewards, (*key, "rewards"), need)
     if stage.data is None and recipe.data is None:
@@ -123,21 +129,40 @@ def _check_stage(recipe: Recipe, stage: AnyStage, key: Key, world_size: int, nee
         problem = "reasoning_gym makes no preference pairs; write `data: {path: ...}` in the stage"
         raise RecipeError(problem, *key, "data")
     rewards = recipe.rewards_of(stage)
-    if stage.kind == "grpo" and stage.eval and recipe.data_of(stage).eval is None:
-        raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key, "eval")
+    _check_eval(recipe, stage, (*key, "eval"))
     if not rewards and stage.kind == "grpo":
         raise RecipeError("a grpo stage needs rewards; write `rewards: [{name: exact_match}]`", *key, "rewards")
     if rewards and all(reward.weight == 0 for reward in rewards):
         raise RecipeError("every reward has weight 0; write a weight for one", *key, "rewards")
     _check_selection(stage, key)
     with_key(check_trainer_options, stage.kind, stage.trainer, key=(*key, "trainer"))
+    with_key(check_trainer_values, stage.kind, stage.trainer, key=(*key, "trainer"))
     arithmetic = with_key(batch_arithmetic, stage, world_size, key=key)
+    if recipe.model.scratch is not None:
+        check_context(recipe, stage, recipe.model.scratch.max_positions, key)
     if stage.kind == "grpo":
         _check_rollout(stage.rollout, recipe, stage, (*key, "rollout"), world_size, need)
-        rows = known_rows(recipe.data_of(stage))
-        if rows is not None and arithmetic.prompts_proposed > rows:
-            problem = f"a step draws {arithmetic.prompts_proposed} prompts, the data has only {rows} to train on"
-            raise RecipeError(f"{problem}; lower it, or the selector's `candidates`", *key, "prompts_per_step")
+        data = recipe.data_of(stage)
+        rows = data.limit if data.reasoning_gym is None else known_rows(data)
+        proposed = arithmetic.prompts_proposed or stage.prompts_per_step
+        if rows is not None and proposed > rows:
+            problem = f"a step draws {proposed} prompts, the data has only {rows} to train on"
+            raise RecipeError(f"{problem}; lower it, or what the selector draws", *key, "prompts_per_step")
+
+
+def _check_eval(recipe: Recipe, stage: AnyStage, key: Key) -> None:
+    if stage.eval is None:
+        return
+    if recipe.data_of(stage).eval is None:
+        raise RecipeError("there are no held-out rows; write `eval: {size: 256}` under `data:`", *key)
+    if stage.kind == "grpo" and stage.eval.max_completion_tokens is not None:
+        raise RecipeError("is for sft stages; write rollout.max_completion_tokens", *key, "max_completion_tokens")
+    if recipe.measures_rewards(stage):
+        return
+    for option, value in stage.eval:
+        if option != "every" and value != type(stage.eval).model_fields[option].default:
+            cure = "name `rewards`, or remove it" if stage.kind == "sft" else "remove it"
+            raise RecipeError(f"has no effect: {_a(stage)} generates nothing without rewards; {cure}", *key, option)
 
 
 def _check_selection(stage: AnyStage, key: Key) -> None:
@@ -180,6 +205,28 @@ def known_rows(data: DataConfig) -> int | None:
     return min(data.reasoning_gym.size, data.limit or data.reasoning_gym.size)
 
 
+def check_context(recipe: Recipe, stage: AnyStage, positions: int, key: Key) -> None:
+    """Refuse a stage whose rows may be longer than the model's context of `positions` tokens. key: the stage's."""
+    prompt = recipe.data_of(stage).max_prompt_tokens
+    if stage.kind == "grpo":
+        needed, where = stage.rollout.max_completion_tokens + (prompt or 1), ("rollout", "max_completion_tokens")
+        parts = f"{prompt or 1} prompt and {stage.rollout.max_completion_tokens} completion tokens"
+    else:
+        needed, where = stage.trainer.get("max_length") or 0, ("trainer", "max_length")
+        parts = f"rows of {needed} tokens"
+    if needed > positions:
+        room = positions - (needed - stage.rollout.max_completion_tokens) if stage.kind == "grpo" else positions
+        advice = f"write {room} or less" if room > 0 else "lower data.max_prompt_tokens"
+        raise RecipeError(f"the model's context of {positions} tokens has no room for {parts}; {advice}", *key, *where)
+    if stage.kind == "sft" and recipe.measures_rewards(stage) and stage.eval_sampling()["max_tokens"] >= positions:
+        problem = f"the model's context of {positions} tokens has no room for so many after a prompt"
+        raise RecipeError(f"{problem}; write {positions - 1} or less", *key, "eval", "max_completion_tokens")
+    longest = stage.rollout.max_model_len if stage.kind == "grpo" else None
+    if longest is not None and longest > positions:
+        problem = f"{longest} is more than the model's context of {positions} tokens; write {positions} or less"
+        raise RecipeError(problem, *key, "rollout", "max_model_len")
+
+
 def _check_rollout(
     rollout: RolloutConfig, recipe: Recipe, stage: GRPOStage, key: Key, world_size: int, need: Any
 ) -> None:
@@ -193,6 +240,9 @@ def _check_rollout(
                 raise RecipeError("is an option of vllm; remove it, or write `engine: vllm`", *key, name)
         return
     need("vllm", *key, "engine")
+    if rollout.temperature < 0.01:
+        problem = f"vllm takes {rollout.temperature:g} for 0.01, and the trainer does not"
+        raise RecipeError(f"{problem}; write 0.01 or more", *key, "temperature")
     refused = colocated_only if rollout.mode == "server" else server_only
     for name in refused:
         if getattr(rollout, name) != getattr(default, name):
@@ -239,9 +289,20 @@ def _check_rewards(rewards: list[RewardConfig], key: Key, need: Any) -> None:
 def _check_data(data: DataConfig, key: Key, need: Any) -> None:
     if data.reasoning_gym is None:
         return
+    held = data.eval
+    if held is not None and held.path is None and held.seed == data.reasoning_gym.seed:
+        raise RecipeError(f"{held.seed} is also the training rows' seed; write another one", *key, "eval", "seed")
     need("reasoning_gym", *key, "reasoning_gym")
     for index, task in enumerate(data.reasoning_gym.tasks):
         check_gym_task(task.name, task.config, (*key, "reasoning_gym", "tasks", index))
+
+
+def check_measured(data: DataConfig, rewards: list[RewardConfig]) -> None:
+    """Check rows and rewards that stand apart from a recipe, for this machine; keys begin with "data" or "rewards"."""
+    _check_data(data, ("data",), require_installed)
+    _check_rewards(rewards, ("rewards",), require_installed)
+    if all(reward.weight == 0 for reward in rewards):
+        raise RecipeError("every reward has weight 0; write a weight for one", "rewards")
 
 
 def check_gym_task(name: str, config: dict[str, Any], key: Key) -> None:

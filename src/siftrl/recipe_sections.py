@@ -44,6 +44,8 @@ class ScratchConfig(Section):
 
     @model_validator(mode="after")
     def fill(self) -> ScratchConfig:
+        if self.alphabet == "":
+            raise RecipeError("is empty; write the characters that the model shall know", "alphabet")
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         if self.num_heads % self.num_kv_heads:
@@ -188,9 +190,12 @@ class RewardConfig(Section):
     """One reward: a file in rewards/, or `package.module:name`."""
 
     name: str
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     time_limit: Positive | None = 60.0
-    """Seconds that one call may take; null: no limit."""
+    """Seconds that a call with up to 64 rows may take, in proportion for more; null: no limit."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Most processes that judge, on each rank, for a reward that judges row by row; null: this rank's share of the
+    cores, 8 at most; 0: the trainer's own process."""
     on_error: Literal["stop", "missing"] = "stop"
     """When it raises, hangs, or returns NaN or the wrong count: stop the run, or score those rows as missing."""
     options: dict[str, Any] = {}
@@ -290,11 +295,12 @@ class SignalsConfig(Section):
 class SelectionConfig(Section):
     """What choosing the rows of a step may cost, and what becomes of completions that teach nothing."""
 
-    max_overhead: Fraction | None = None
+    max_overhead: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a step's seconds that scoring and choosing may take; null: no limit."""
     skip_zero_advantage: bool | None = None
     """grpo only: do not run completions whose advantage is 0, which have no gradient. null: where a batch selector had
-    to take some, since too few have one; true: always, without a batch selector too; false: never."""
+    to take some, since too few have one; true: always, without a batch selector too; false: never. The step is TRL's up
+    to rounding, but for `loss_type: bnpo`, which divides by the whole step's tokens here."""
 
 
 class RolloutConfig(Section):
@@ -303,7 +309,8 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     mode: Literal["colocate", "server"] = "colocate"
     """vllm only: in the training process, or a server of its own."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=1e-3)] = 1.0
+    """Logits divided by less lose their differences to rounding; `eval` has `greedy`."""
     top_p: Fraction = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0: off."""
@@ -330,7 +337,10 @@ class RolloutConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation on the held-out rows: before and after a stage, and in between."""
+    """Evaluation on the held-out rows: before and after a stage, and in between.
+
+    grpo: the mean reward. sft: the loss, and the mean reward where rewards are named. dpo: loss and accuracy.
+    """
 
     every: Count | None = None
     """Also every so many optimizer steps; null: only before and after."""
@@ -339,6 +349,8 @@ class EvalConfig(Section):
     greedy: bool = True
     batch_size: Count = 256
     """Completions generated at once."""
+    max_completion_tokens: Count | None = None
+    """sft: longer completions are cut; null: 256. In grpo the rollout's counts."""
 
     @model_validator(mode="after")
     def one_greedy_sample(self) -> EvalConfig:
@@ -372,6 +384,9 @@ class LoggingConfig(Section):
     """Completions of each rollout step that are written to samples.jsonl."""
     selection: bool = True
     """Write selection.jsonl: every candidate of every step, and why it was chosen."""
+    halt_on_no_signal: Count | None = None
+    """grpo only: stop the run after so many optimizer steps in a row without a prompt whose completions' rewards
+    differ; null: only warn."""
 
 
 class OutputConfig(Section):

@@ -107,8 +107,8 @@ class Document:
         return f"{self.path}: {text}"
 
 
-def read_yaml(path: Path) -> Document:
-    """Read a YAML file; a repeated key or a key that is not text is an error."""
+def read_yaml(path: Path, needs: str = "`model:` and `stages:`") -> Document:
+    """Read a YAML file; a repeated key or a key that is not text is an error. needs: its keys, for messages."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def read_yaml(path: Path) -> Document:
     try:
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError(f"{path}: the file is empty; a recipe needs `model:` and `stages:`")
+            raise RecipeError(f"{path}: the file is empty; it needs {needs}")
         _read_lines(node, (), document)
         document.data = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -129,7 +129,7 @@ def read_yaml(path: Path) -> Document:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document.data, dict):
-        raise RecipeError(f"{path}: must be a mapping with `model:` and `stages:`, not {kind_of(document.data)}")
+        raise RecipeError(f"{path}: must be a mapping with {needs}, not {kind_of(document.data)}")
     return document
 
 
@@ -191,6 +191,13 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
         target[step] = parsed
         key = (*key, step)
         document.overrides[key] = text
+
+
+def located(path: Path, overrides: Iterable[str], error: RecipeError) -> str:
+    """The error of a check of a whole recipe, with the file and the line, or the override, that holds its key."""
+    document = read_yaml(path)
+    apply_overrides(document, overrides)
+    return document.located(error.key, error.problem)
 
 
 def _item(items: list[Any], part: str, text: str, key: Key) -> int:

@@ -22,18 +22,28 @@ def say(text: str) -> None:
         _console.print(text, markup=False)
 
 
+def held_out(evals: dict[str, Any]) -> str:
+    """What was measured on held-out rows before and after a stage, a line each: "reward 0.137 -> 0.252"."""
+    before, after = evals.get("before", {}), evals.get("after", {})
+    names = [name for name in ("loss", "accuracy", "reward") if name in after]
+    return "\n".join(f"{name} {_number(before.get(name))} -> {_number(after[name])}" for name in names)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """A row a stage: steps, held-out reward before and after, rollouts, and where the time went."""
+    """A row a stage: steps, what was held out before and after, rollouts, and where the time went."""
     table = Table(title=f"{folder}")
-    for heading in ("stage", "steps", "held-out reward", "rollouts", "tokens", "seconds"):
+    for heading in ("stage", "steps", "held out", "rollouts", "tokens", "seconds"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in summary["stages"]:
         evals, seconds = stage["eval"], stage["seconds"]
-        reward = f"{evals['before']['reward']:.3f} -> {evals['after']['reward']:.3f}" if "after" in evals else ""
         table.add_row(
             f"{stage['name']} ({stage['kind']})",
             str(stage["steps"]),
-            reward,
+            held_out(evals),
             f"{stage['rollouts']:,}" if stage["rollouts"] else "",
             f"{stage['tokens']:,}",
             f"{seconds['total']:.0f}",
@@ -43,6 +53,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         seconds = stage["seconds"]
         parts = ", ".join(f"{part.replace('_', ' ')} {seconds[part]:.1f}" for part in PARTS if seconds[part])
         say(f"{stage['name']}: seconds by part: {parts}")
+        for text in stage.get("warnings", []):  # stages that an earlier version ran have none
+            say(f"{stage['name']}: warning: {text}")
     say(f"model:   {folder / 'model'}\nrecords: {folder}/metrics.jsonl, selection.jsonl, samples.jsonl, summary.json")
 
 
@@ -65,6 +77,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         shown = {short: f"{logs[key]:.3g}" for key, short in self.SHOWN.items() if logs.get(key) is not None}
+        if "EV" in shown and logs["prompts/explained_variance"] < -1:
+            shown["EV"] = "<-1"  # a constant would do far better; by how much says nothing
         if self.bar is not None and shown:
             self.bar.set_postfix(shown)
 

@@ -26,7 +26,8 @@ Figures = dict[str, float]
 
 
 class RowSelection:
-    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same.
+    """What a trainer with `batch_selector=` holds. Every rank calls `choose` with the same rows and gets the same,
+    which the trainer checks of what it trains on (`distributed.check_same`).
 
     Args:
         chain: the selectors with what each keeps; empty: all rows that may be chosen are.
@@ -34,6 +35,7 @@ class RowSelection:
         seed: of the random choices.
         clock: the trainer's; "score" and "select" are this one's parts.
         max_overhead: see `siftrl.budget.Budget`.
+        warn: takes the budget's message, once.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class RowSelection:
         clock: Clock,
         recorder: Recorder | None,
         max_overhead: float | None = None,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
+        self.warn = warn
         self.chain, self.scorer, self.clock, self.recorder = chain, scorer, clock, recorder
         self.generator = torch.Generator().manual_seed(seed)
         self.budget = Budget(max_overhead)
@@ -101,7 +105,6 @@ class RowSelection:
         if usable.any():
             selection = batch_selection.choose(self.chain, signals, usable, self.generator, score, limit)
         selection = complete(selection) if complete is not None else selection
-        distributed.check_same(selection.indices, f"the rows of step {step}")
         self._scored_last = int(scored.sum())
         self.rows_scored += self._scored_last
         figures = self._account(signals, selection, scored, finite)
@@ -115,7 +118,7 @@ class RowSelection:
 
     def _affordable(self, num_rows: int, usable: Tensor) -> int | None:
         """How many rows the budget lets be scored in this step; None: all."""
-        if self.budget.max_overhead is None:
+        if self.budget.max_overhead is None or not self.chain:  # without a selector nothing is scored
             return None
         spent = {part: now - self._seconds_then[part] for part, now in self.clock.seconds.items()}
         self._seconds_then = dict(self.clock.seconds)
@@ -127,8 +130,8 @@ class RowSelection:
             self.budget.observe(self._scored_last, selecting, rest)
         offered = int(usable.sum())
         limit = self.budget.plan(offered, min(kept_rows(num_rows, [link.keep for link in self.chain])[-1], offered))
-        if (message := self.budget.message()) and distributed.is_main():
-            logger.warning("%s", message)
+        if message := self.budget.message():
+            self.warn(message)
         return limit
 
     def _account(self, signals: Signals, selection: Selection, scored: Tensor, finite: Tensor) -> Figures:

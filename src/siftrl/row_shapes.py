@@ -1,13 +1,21 @@
-"""One row of a data set: its prompt and completions, text or chat messages, made, checked and encoded."""
+"""One row of a data set: its prompt and completions, text or chat messages, made, checked and encoded.
+
+This module must stay free of torch: the first rows of a file are shaped before torch is imported.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from siftrl.data_files import whole
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from siftrl.recipe import DataConfig
 
 Messages = list[dict[str, Any]]
@@ -17,9 +25,9 @@ COMPLETIONS: dict[Kind, tuple[str, ...]] = {"sft": ("completion",), "dpo": ("cho
 """What rows have besides their prompt, by kind of stage."""
 
 
-def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Kind, where: str) -> dict[str, Any]:
-    """The row's `prompt`, for SFT its `completion`, for DPO `chosen` and `rejected`, and `drop_reason`: why it cannot
-    be used, "" when it can.
+def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Kind, where: str) -> tuple[dict[str, Any], str]:
+    """The row's `prompt`, for SFT its `completion`, for DPO `chosen` and `rejected`; and why it cannot be used, "" when
+    it can.
 
     where: the row, for messages. Raises ValueError for a row that makes no sense.
     """
@@ -34,23 +42,32 @@ def shape_row(row: Mapping[str, Any], data: DataConfig, kind: Kind, where: str) 
             problem = "the prompt ends with an assistant's message; it must end with the user's"
             raise ValueError(f"{where}: {problem}")
         prompt, completions = prompt[:-1], {"completion": prompt[-1:]}  # a whole conversation: its last turn
-    is_empty = not text_of(prompt).strip()
+    if not text_of(prompt).strip():
+        is_null = prompt is None and data.prompt_template is not None
+        return {}, "null in prompt_template" if is_null else "empty prompt"
     if isinstance(prompt, str) and (data.chat or data.system_prompt is not None):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and data.system_prompt is not None:
         if prompt and prompt[0]["role"] == "system":
             raise ValueError(f"{where}: it has a system message already; remove data.system_prompt")
         prompt = [{"role": "system", "content": data.system_prompt}, *prompt]
-    shaped: dict[str, Any] = {"prompt": prompt, "drop_reason": "empty prompt" if is_empty else ""}
+    shaped: dict[str, Any] = {"prompt": prompt}
     for name, completion in completions.items():
         shaped[name] = _completion(completion, isinstance(prompt, list), where, name)
-    if not is_empty:
-        texts = [text_of(shaped[name]) for name in completions]
-        if not all(texts):
-            shaped["drop_reason"] = "empty completion"
-        elif kind == "dpo" and texts[0] == texts[1]:
-            shaped["drop_reason"] = "equal completions"
-    return shaped
+    texts = [text_of(shaped[name]) for name in completions]
+    if not all(texts):
+        return shaped, "empty completion"
+    return shaped, "equal completions" if kind == "dpo" and texts[0] == texts[1] else ""
+
+
+def columns_needed(first: Mapping[str, Any], data: DataConfig, kind: Kind) -> dict[str, str]:
+    """The columns that rows of this form must have: the key of `data` that names it -> the column. first: a row."""
+    needed = {} if data.prompt_template is not None else {"prompt": data.prompt or "prompt"}
+    if not (kind == "sft" and isinstance(first.get(data.prompt or "prompt"), list)):
+        needed |= {name: getattr(data, name) or name for name in COMPLETIONS[kind]}
+    if kind == "dpo" and is_conversation(first.get(needed["chosen"])):
+        needed.pop("prompt", None)
+    return needed
 
 
 def is_conversation(completion: Any) -> bool:
@@ -70,10 +87,53 @@ def _before_last(pair: Mapping[str, Any], where: str) -> tuple[Messages, dict[st
     return prompt, {name: messages[-1:] for name, messages in whole.items()}
 
 
-def fill(template: str, row: Mapping[str, Any], key: str = "data.prompt_template") -> str:
-    """`template.format(**row)`; ValueError where it names a column that is not there."""
+class _CellFormatter(string.Formatter):
+    """Reads inside of cells: "{metadata[size]}"."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise _NoValueError
+        return whole(value), first
+
+
+class _NoValueError(Exception):
+    pass
+
+
+@functools.cache
+def template_fields(template: str) -> tuple[str, ...]:
+    """What stands in the template's braces, such as "question" or "metadata[size]". ValueError for a broken one."""
+    fields: list[str] = []
+    for _, name, spec, _ in string.Formatter().parse(template):
+        if name is not None:
+            fields += [name, *template_fields(spec or "")]
+    return tuple(fields)
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template names. Raises ValueError for a broken one."""
     try:
+        names = [re.split(r"[.\[]", name)[0] for name in template_fields(template)]
+    except ValueError as error:
+        raise ValueError(f"data.prompt_template: {template!r}: {error}; write braces as {{{{ }}}}") from error
+    return [name for name in dict.fromkeys(names) if name and not name.isdigit()]
+
+
+def fill(template: str, row: Mapping[str, Any], key: str = "data.prompt_template") -> str | None:
+    """`template.format(**row)`; None where a cell that it names is null.
+
+    Raises ValueError where it names a column that is not there.
+    """
+    try:
+        fields = template_fields(template)
+        if any("[" in name or "." in name for name in fields):
+            return _CellFormatter().vformat(template, (), row)
+        if any(row[name] is None for name in fields):
+            return None
         return template.format_map(row)
+    except _NoValueError:
+        return None
     except KeyError as error:
         raise ValueError(f"{key}: there is no column {error}; the columns are {', '.join(row)}") from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
@@ -87,29 +147,19 @@ def text_of(prompt: Prompt | None) -> str:
     return prompt or ""
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each prompt, exactly as TRL's GRPO trainer encodes them (chat: with the assistant's opening)."""
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, opens: bool = True
+) -> list[list[int]]:
+    """Token ids of each prompt, exactly as TRL's trainers encode them.
+
+    opens: chat prompts end with the assistant's opening; False: what is given is a whole conversation.
+    """
     if isinstance(prompts[0], str):
         return tokenizer(text=list(prompts))["input_ids"]
     encoded = tokenizer.apply_chat_template(
-        conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+        conversation=list(prompts), add_generation_prompt=opens, tokenize=True, return_dict=True
     )
     return encoded["input_ids"]
-
-
-def check_encodable(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """ValueError where the tokenizer loses text without a word: to unknown tokens, or to nothing at all."""
-    unknown = tokenizer.unk_token_id
-    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        unknown = None  # byte-level tokenizers know every text and name some special token as unknown
-    if text.strip() and not ids:
-        raise ValueError(f"{where}: the model's tokenizer encodes {shorten(text)!r} to nothing")
-    if unknown is not None and unknown in ids:
-        lost = sorted(c for c in set(text) if unknown in tokenizer.encode(c, add_special_tokens=False))
-        raise ValueError(
-            f"{where}: the model's tokenizer does not know {' '.join(map(repr, lost)) or 'some of its words'} "
-            f"in {shorten(text)!r}; clean the data, or add to model.scratch.alphabet"
-        )
 
 
 def shorten(text: str, length: int = 200) -> str:
@@ -129,11 +179,15 @@ def _prompt(row: Mapping[str, Any], data: DataConfig, where: str) -> Prompt | No
 
 
 def _completion(completion: Any, is_chat: bool, where: str, name: str) -> Prompt | None:
-    """The completion in the prompt's form; numbers (JSON) become text. name: its column."""
+    """The completion in the prompt's form; numbers become text. name: its column."""
     if isinstance(completion, list):
         if not is_chat:
             raise ValueError(f"{where}: the {name} is a list of messages and the prompt is text; write chat: true")
         return _messages(completion, f"{where}: {name}")
+    if isinstance(completion, dict):
+        raise ValueError(
+            f"{where}: {name}: must be text, a number or a list of messages, not {shorten(str(completion))}"
+        )
     text = "" if completion is None else str(completion)
     return [{"role": "assistant", "content": text}] if is_chat else text
 

@@ -165,26 +165,26 @@ class Recorder:
             self._write("samples.jsonl", {"step": step, **sample})
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        line = json.dumps({"stage": self.stage, **_plain(record)}, ensure_ascii=False)
+        line = json.dumps({"stage": self.stage, **plain(record)}, ensure_ascii=False)
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null; floats keep six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a crash leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

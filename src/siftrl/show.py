@@ -29,10 +29,12 @@ def arithmetic_text(recipe: Recipe, stage: AnyStage, num_ranks: int | None = Non
     else:
         selector = stage.prompt_selector
         options = selector.options if selector else {}
-        chosen = f"{selector.name}: {options.get('candidates', 1)} for each kept" if selector else "no selector"
+        chosen = selector.name if selector else "no selector"
+        if selector and numbers.prompts_proposed is not None:
+            chosen += f": {numbers.prompts_proposed / stage.prompts_per_step:g} for each kept"
         rounds = f", at most {options['max_rounds']} rounds" if options.get("max_rounds", 1) > 1 else ""
         lines += [
-            ("prompts proposed", numbers.prompts_proposed, f"{chosen}{rounds}"),
+            ("prompts proposed", numbers.prompts_proposed or "unknown", f"{chosen}{rounds}"),
             ("prompts kept", numbers.prompts_kept, ""),
             ("completions a step", numbers.rows, f"{numbers.completions_per_prompt} for each prompt"),
         ]

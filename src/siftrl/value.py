@@ -3,7 +3,11 @@
 PCL (Gao et al., arXiv 2510.01135) trains V by V <- argmin sum_x (V(x) - mean_j r(x, y_j))^2 on each step's group means,
 one regression step a policy step and without a rollout of its own. Two additions: a second output for the variance of
 the reward within a group, which ranks prompts where rewards are not binary; and a bounded output,
-V = low + (high - low) · sigmoid(z), over the range of the rewards seen so far.
+V = low + (high - low) · sigmoid(z), over the range of the single rewards seen so far.
+
+The variance is the unbiased one (divided by n - 1), which `siftrl.calibration` judges V by. Of n rewards in [low, high]
+it is at most (high - low)^2 / 4 · n / (n - 1) (Popoviciu), so never above (high - low)^2 / 2, whatever n: the bound of
+the second output.
 
 So the loss is the cross-entropy of sigmoid(z) and the group mean's place in that range. Its minimum is the same, but
 its gradient in z, sigmoid(z) - target, does not vanish where the sigmoid is flat: by squares, a V whose first steps had
@@ -13,6 +17,7 @@ hardly any reward would go on predicting none.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from siftrl import distributed
-from siftrl.fields import Count, NonNegative, Positive
+from siftrl.calibration import group_statistics
+from siftrl.fields import Count, ModelPath, NonNegative, Positive, Rate
 from siftrl.origin import loading_options, whole, whole_model
 from siftrl.parts import check_adapters
 from siftrl.types import Prediction
@@ -36,17 +42,29 @@ class ValueConfig:
     """Recipe keys of the value model (`prompt_selector.value`)."""
 
     body: Literal["own", "policy"] = "own"  # own: a model of its own; policy: a head on the policy's hidden state
-    model: str | None = None  # own: folder or hub name (default: the policy's starting point)
+    model: ModelPath | None = None  # own: folder or hub name (default: the policy's starting point)
     train: Literal["full", "lora", "head"] = "full"  # what of an own body is trained; a policy body never is
-    lr: Positive = 3e-4  # of the body, or of its LoRA matrices
-    head_lr: Positive = 3e-3  # of the linear head, which starts from zero
+    lr: Rate = 3e-4  # of the body, or of its LoRA matrices
+    head_lr: Rate = 3e-3  # of the linear head, which starts from zero
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     updates: Count = 1  # regression steps on each step's group means
     lora_rank: Count = 16
     micro_batch_size: Count = 64  # prompts in one forward pass
     dtype: Literal["float32", "bfloat16"] = "float32"  # an own body computes in it; trained weights stay float32
-    reward_range: tuple[float, float] | None = None  # default: [0, 1], widened to the group means seen
+    reward_range: tuple[float, float] | None = None  # default: [0, 1], widened to the rewards seen
+
+    def __post_init__(self) -> None:
+        if self.body == "policy" and (self.train == "lora" or self.model is not None):
+            raise ValueError(
+                "`body: policy` trains a head on the policy's own hidden state; `train: lora` and `model` need "
+                "`body: own`"
+            )
+        if self.reward_range is not None and not self.reward_range[0] < self.reward_range[1]:
+            raise ValueError(
+                f"reward_range: {list(self.reward_range)} holds no reward; write the lowest "
+                "reward first and then the highest, such as [0, 1]"
+            )
 
 
 class ValueModel(nn.Module):
@@ -72,6 +90,8 @@ class ValueModel(nn.Module):
         self.head = nn.Linear(hidden_size, 2)  # mean, spread
         nn.init.zeros_(self.head.weight)  # V starts as a constant: no prompt is preferred before something is learned
         nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.bias[1] = -math.log(3)  # a quarter of the largest spread: half of the largest of many rewards
         self.body = body
         if body is not None:
             body.requires_grad_(config.train == "full")
@@ -104,10 +124,10 @@ class ValueModel(nn.Module):
         return self.head(last.to(self.head.weight.dtype))
 
     def _scale(self, raw: Tensor) -> Prediction:
-        """Raw outputs [n, 2] -> mean within [low, high], spread within [0, (high - low)^2 / 4] (Popoviciu)."""
+        """Raw outputs [n, 2] -> mean within [low, high], spread within [0, (high - low)^2 / 2]."""
         width = self.high - self.low
         shares = raw.float().sigmoid()
-        return Prediction(self.low + width * shares[:, 0], width**2 / 4 * shares[:, 1])
+        return Prediction(self.low + width * shares[:, 0], width**2 / 2 * shares[:, 1])
 
     @torch.no_grad()
     def predict(self, prompt_ids: list[list[int]], policy_hidden: HiddenStates | None = None) -> Prediction:
@@ -138,22 +158,24 @@ class ValueModel(nn.Module):
         """Regress on P prompts' groups. rewards: float [P, G], NaN where missing; the same on every rank.
 
         Loss: mean over prompts of H(mean, V) + H(variance, S), each as a share of the range that it can have, with
-        H(q, p) = -q log p - (1 - q) log(1 - p). Groups without any reward are left out.
+        H(q, p) = -q log p - (1 - q) log(1 - p). Groups without any reward are left out; one with a single reward has no
+        variance, and no second term.
         """
-        known = ~torch.isnan(rewards)
-        usable = known.any(1)
+        usable = (~torch.isnan(rewards)).any(1)
         if not usable.any():
             return {}
         prompt_ids = [ids for ids, use in zip(prompt_ids, usable.tolist(), strict=True) if use]
-        rewards, count = rewards[usable], known[usable].sum(1)
-        mean = rewards.nansum(1) / count
-        spread = ((rewards - mean[:, None]) ** 2).nansum(1) / count
+        groups = group_statistics(rewards[usable])
         if self.config.reward_range is None:  # predictions are bounded, so the bounds must hold what is predicted
-            self.low, self.high = min(self.low, mean.min().item()), max(self.high, mean.max().item())
+            seen = rewards[rewards.isfinite()]
+            self.low, self.high = min([self.low, *seen.tolist()]), max([self.high, *seen.tolist()])
         world, rank, size = distributed.world_size(), distributed.rank(), self.config.micro_batch_size
         width = self.high - self.low
-        shares = torch.stack([(mean - self.low) / width, spread / (width**2 / 4)], dim=1)  # see `_scale`
-        targets = shares.float().clamp(0, 1).to(self.head.weight.device)
+        shares = torch.stack([(groups.mean - self.low) / width, groups.variance / (width**2 / 2)], dim=1)  # `_scale`
+        device = self.head.weight.device
+        targets = shares.float().clamp(0, 1).to(device)
+        counted = torch.stack([groups.count > 0, groups.count > 1], dim=1).float().to(device)
+        targets[counted == 0] = 0.0  # a NaN times 0 would be one
         losses: list[Tensor] = []
         for _ in range(self.config.updates):
             self.optimizer.zero_grad(set_to_none=False)
@@ -164,7 +186,9 @@ class ValueModel(nn.Module):
                 weight = 1.0 if rows else 0.0
                 rows = rows or [0]
                 raw = self([prompt_ids[i] for i in rows], policy_hidden).float()
-                errors = nn.functional.binary_cross_entropy_with_logits(raw, targets[rows], reduction="sum")
+                errors = nn.functional.binary_cross_entropy_with_logits(
+                    raw, targets[rows], counted[rows], reduction="sum"
+                )
                 loss = weight * errors / len(prompt_ids)
                 loss.backward()
                 total += loss.detach()
@@ -212,11 +236,6 @@ def build(
     """
     hidden_size = policy.config.get_text_config().hidden_size
     if config.body == "policy":
-        if config.train == "lora" or config.model is not None:
-            raise ValueError(
-                "prompt_selector.value: `body: policy` trains a head on the policy's own hidden state; `train: lora` "
-                "and `model` need `body: own`"
-            )
         check_adapters(policy, "`body: policy` of a value model reads the policy's hidden states")
         return ValueModel(config, tokenizer, hidden_size, None, device)
     # bfloat16 would round away an update of less than 1/256 of a weight

@@ -23,6 +23,7 @@ def main() -> None:
     from trl import DPOConfig
 
     from siftrl import DPOTrainer, plugins
+    from siftrl.trainers.held_out import held_out_loss
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chain = [(plugins.load("selector", name, options), keep) for name, options, keep in json.loads(args.chain)]
@@ -35,16 +36,20 @@ def main() -> None:
         "max_steps": args.steps,
         "deepspeed": config,
     }
+    data = Dataset.from_json(args.data)
     trainer = DPOTrainer(
         model=args.model,
         args=DPOConfig(**options),
-        train_dataset=Dataset.from_json(args.data),
+        train_dataset=data,
+        eval_dataset=data.select(range(7)),
         batch_selector=chain,
         source_column="source",
         scoring_batch_size=6,
     )
     trainer.train()
-    common.finish(args.out, trainer, {"selection": trainer.sift_summary()["selection"]})
+    common.finish(
+        args.out, trainer, {"held_out": held_out_loss(trainer), "selection": trainer.sift_summary()["selection"]}
+    )
 
 
 if __name__ == "__main__":

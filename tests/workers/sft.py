@@ -22,6 +22,9 @@ def main() -> None:
     from peft import LoraConfig
 
     from siftrl import plugins
+    from siftrl.evaluate import evaluate_on_ranks
+    from siftrl.rollout import Sampling
+    from siftrl.trainers.held_out import held_out_loss, policy_engine
     from siftrl.trainers.sft import SFTTrainer
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,6 +41,7 @@ def main() -> None:
             save_steps=args.checkpoint_at or 500,
         ),
         train_dataset=conftest.worded_sums(),
+        eval_dataset=conftest.worded_sums().select(range(11)),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None,
         batch_selector=chain,
         source_column="source",
@@ -45,7 +49,13 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     summary = trainer.sift_summary()
-    common.finish(args.out, trainer, {"tokens": summary["tokens"], "selection": summary["selection"]})
+    report = {"tokens": summary["tokens"], "selection": summary["selection"], "held_out": held_out_loss(trainer)}
+    rows, tokenizer = conftest.worded_sums().select(range(11)), trainer.processing_class
+    with policy_engine(trainer, tokenizer) as engine:
+        found = evaluate_on_ranks(
+            engine, tokenizer, rows, [conftest.digit_share], [1.0], Sampling(6, temperature=0.0), progress=False
+        )
+    common.finish(args.out, trainer, report | {"reward": found["reward"], "rewarded": found["rows"]})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What siftrl's trainers add to TRL's, whatever is trained: timing, the NaN stop, logs, complete checkpoints."""
+"""What siftrl's trainers add to TRL's, whatever is trained: timing, the NaN stop, logs, warnings of a run that learns
+nothing, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from siftrl import distributed, precision, state
+from siftrl.health import Health
 from siftrl.row_selection import RowSelection, check_chain
 from siftrl.run import Clock, Recorder
 
@@ -28,16 +30,24 @@ class SiftMixin:
     model: Any
     recorder: Recorder | None
     clock: Clock
+    health: Health
     row_selection: RowSelection | None = None
     """Where a batch selector is on; its figures, summary and checkpoint go with the trainer's."""
 
-    def _init_sift(self, recorder: Recorder | None) -> None:
+    def _init_sift(self, recorder: Recorder | None, halt_on_no_signal: int | None = None) -> None:
         self.recorder = recorder
         self.clock = Clock()
+        self.health = Health(halt_on_no_signal)
         self._started = time.perf_counter()
         if self.accelerator.device.type == "mps":
             raise ValueError("siftrl does not run on Apple's GPU (MPS): write use_cpu=True in the trainer's arguments")
         self.add_callback(_OptimizerTimer(self.clock))  # type: ignore[attr-defined]
+        self.add_callback(_Watch(self))  # type: ignore[attr-defined]
+
+    def warn(self, text: str) -> None:
+        """Say it now, and again in the run's summary."""
+        self.health.warnings.append(text)
+        _say(text)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         why = precision.rounded_updates(self.model.parameters(), self.args, self._has_float32_masters)
@@ -90,7 +100,7 @@ class SiftMixin:
 
     def sift_state(self) -> dict[str, Any]:
         """What the checkpoint holds beyond TRL's, the same on every rank: plain containers and tensors."""
-        saved = {"seconds": self.seconds()}
+        saved: dict[str, Any] = {"seconds": self.seconds(), "health": self.health.state_dict()}
         return saved if self.row_selection is None else saved | {"rows": self.row_selection.state_dict()}
 
     def load_sift_state(self, saved: dict[str, Any]) -> None:
@@ -98,6 +108,8 @@ class SiftMixin:
         earlier = dict(saved["seconds"])
         self._started = time.perf_counter() - earlier.pop("total")
         self.clock.seconds.update(earlier)
+        if "health" in saved:  # not in checkpoints of earlier versions
+            self.health.load_state_dict(saved["health"])
         check_chain(self.row_selection, saved.get("rows"))
         if self.row_selection is not None:
             self.row_selection.load_state_dict(saved["rows"])
@@ -134,6 +146,12 @@ class SiftMixin:
             self.recorder.rewind(state.step_of(folder))
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU still works on, so that it counts for the part of the clock that is open."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class _OptimizerTimer(TrainerCallback):
     """The optimizer's step lies between two events of the training loop, outside of `training_step`."""
 
@@ -147,3 +165,32 @@ class _OptimizerTimer(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._timing.__exit__(None, None, None)
+
+
+class _Watch(TrainerCallback):
+    """Says it when a run learns nothing; a run that made no step at all is an error."""
+
+    def __init__(self, trainer: SiftMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        health = self.trainer.health
+        for text in health.step(self.trainer.clock.seconds):
+            _say(text)
+        if health.halted is not None:
+            raise RuntimeError(f"step {state.global_step}: {health.halted}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for text in self.trainer.health.finish():
+            _say(text)
+        if state.global_step == 0:
+            raise ValueError(
+                "no optimizer step was made: the training data does not fill one step, or max_steps "
+                f"({args.max_steps}) and num_train_epochs ({args.num_train_epochs:g}) ask for none; give more rows, or "
+                "make a step smaller (prompts_per_step or rows_per_step in a recipe)"
+            )
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        logger.warning("%s", text)

@@ -54,6 +54,7 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
 
     columns_read = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
     loss_hint = "completions and max_length"
+    eval_figures = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}  # of the implicit reward
 
     def __init__(
         self,
@@ -118,6 +119,9 @@ class DPOTrainer(SelectedRowsMixin, SiftMixin, TRLDPOTrainer):
         if (shares != 1).any():
             batch["shares"] = shares
         return batch
+
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        return len(batch["input_ids"]) // 2
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

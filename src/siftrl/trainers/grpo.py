@@ -29,8 +29,10 @@ from siftrl.batch_selection import Chain
 from siftrl.generation_rules import check_generation, logprobs_mode
 from siftrl.origin import loading_options, reference_loader
 from siftrl.parts import BY_STRUCTURE, PartNames
+from siftrl.reward_guard import RewardError, check_finite, load_reward_states, reward_states
 from siftrl.rollout import ColocatedVLLM, RolloutOptions, replaced
 from siftrl.run import Recorder
+from siftrl.selection_checks import check_accepted, check_selection
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
 from siftrl.trainers.rollouts import RolloutsMixin
@@ -64,7 +66,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
     With a batch selector `args` describes the rollouts: per_device_train_batch_size x steps_per_generation x ranks
     completions are generated, rewarded, and compared in their groups. The kept ones are trained on in micro-batches of
     at most per_device_train_batch_size rows and in as many optimizer steps as before: memory is what it was, and a
-    dropped completion costs nothing after its scoring.
+    dropped completion costs nothing after its scoring. A step is as long as that of all completions would be (see
+    `siftrl.trainers.completions.step_scale`).
 
     Args:
         prompt_selector: chooses the prompts of each step (see `siftrl.types.PromptSelector`); None: TRL's order.
@@ -78,7 +81,11 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         max_overhead: share of a step's seconds that scoring and choosing may take (see `siftrl.budget`).
         skip_zero_advantage: do not run completions that have no advantage, though they count in the loss's denominator:
             they have no gradient. None: where a batch selector had to take some since too few have one; True: always;
-            False: never. They are always run where a KL penalty, an entropy bonus or a router's loss counts on them.
+            False: never. The step is TRL's up to rounding, but for bnpo: TRL divides each micro-batch by its own
+            tokens, here the whole step's count. They are always run where a KL penalty, an entropy bonus or a router's
+            loss counts on them.
+        halt_on_no_signal: stop after so many optimizer steps in a row without a prompt whose completions' rewards
+            differ. None: only warn.
         rollout: seeds, the weight-sync probe and further vLLM arguments.
         recorder: where the audit log and the samples go; None: `args.output_dir`, once a selector is on.
 
@@ -103,6 +110,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         parts: PartNames = BY_STRUCTURE,
         max_overhead: float | None = None,
         skip_zero_advantage: bool | None = None,
+        halt_on_no_signal: int | None = None,
         rollout: RolloutOptions | None = None,
         recorder: Recorder | None = None,
         **kwargs: Any,
@@ -133,7 +141,9 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             replaced(grpo_trainer, "create_model_from_path", load),
         ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self._init_sift(recorder)
+        self._init_sift(recorder, halt_on_no_signal)
+        if batch_selector is not None and not self.chain:
+            self.warn("batch_selector keeps all completions, so none is chosen: lower `keep`, or leave it out")
         self.value_model: value.ValueModel | None = None
         if prompt_selector is not None:
             self._set_up_selection(prompt_selector)
@@ -191,6 +201,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             prediction = self.value_model.predict(self._value_tokens(drawn), self._policy_hidden())
         candidates = Candidates(ids, drawn, prediction)
         selection = self.prompt_selector.propose(candidates, keep, self.selection_generator)
+        check_selection(selection, keep, len(candidates), self.prompt_selector, "prompt", weighted=False)
         distributed.check_same(selection.indices, f"the prompts of step {self.state.global_step + 1}")
         return candidates, selection
 
@@ -302,15 +313,22 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         with self.clock("value_update"):
             self.prompt_selector.observe(candidates, selection, rewards)
             if self.value_model is not None:
-                figures = self.value_model.update(self._value_tokens(chosen), rewards, self._policy_hidden())
-                for name, figure in figures.items():
+                learned = self.value_model.update(self._value_tokens(chosen), rewards, self._policy_hidden())
+                for name, figure in learned.items():
                     self._log_metric_value(f"value/{name}", figure)
-        for name, figure in self.prompt_selector.metrics().items():
+        figures = self.prompt_selector.metrics()
+        for name, figure in figures.items():
             self._log_metric_value(f"prompts/{name}", figure)
+        if "fallback" in figures:
+            explained = figures.get("spread_explained_variance", figures.get("explained_variance"))
+            self.health.curriculum(figures["fallback"] > 0, explained)
         if distributed.is_main():
             means = [None if torch.isnan(group).all() else group.nanmean().item() for group in rewards]
             self.recorder.selection(self.state.global_step + 1, round_, candidates, selection, means)
-        return batch, self.prompt_selector.accept(rewards)[order]
+        accepted = self.prompt_selector.accept(rewards)
+        check_accepted(accepted, len(rewards), self.prompt_selector)
+        distributed.check_same(accepted.long(), f"the groups that are accepted in step {self.state.global_step + 1}")
+        return batch, accepted[order]
 
     def _deal_prompts(self, candidates: Candidates, selection: Selection) -> Tensor:
         """int64 [P]: the chosen prompts' places in the selection, rank by rank, so that ranks finish together; on each
@@ -374,8 +392,14 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: Any
     ) -> Tensor:
         with self.clock("reward"):
-            per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        total = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+            try:
+                per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            except SystemExit as error:  # a reward of Python's would end the run as if it were done
+                raise RewardError(f"a reward raised SystemExit: {error}") from error
+        weights = self.reward_weights.to(per_function.device)
+        check_finite(per_function, weights, self.reward_func_names)
+        weighted = per_function * weights
+        total = weighted.nansum(1)
         total[torch.isnan(per_function).all(1)] = float("nan")
         if torch.isnan(total).all():
             raise RuntimeError(
@@ -386,6 +410,12 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self._group_rewards = total.view(-1, self.num_generations).cpu()
             effective = calibration.group_statistics(self._group_rewards).effective()
             self._log_metric_value("effective_ratio", effective.float().mean().item())
+            if self.multi_objective_aggregation != "sum_then_normalize":  # each reward has advantages of its own
+                groups = weighted.T.reshape(-1, self.num_generations).cpu()
+                effective = calibration.group_statistics(groups).effective()
+            cut = self._metrics["train"]["completions/clipped_ratio"][-1]
+            known = total[~torch.isnan(total)]
+            self.health.rollout(bool(effective.any()), cut, known.min().item(), known.max().item())
             if self.recorder is not None and distributed.is_main():
                 rewards = total.tolist()  # rank 0's rows come first
                 samples = [
@@ -448,12 +478,17 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
             self.value_model.load_state(saved["value_model"])
 
     def rank_state(self) -> dict[str, Any]:
-        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1)."""
+        """Rollouts that later optimizer steps will still use (`steps_per_generation`, `num_iterations` above 1), and
+        the states of this rank's rewards."""
         under_way = self._step % self._passes_in_rollout != 0
-        return {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        saved = {"rollouts_under_way": self._buffered_inputs} if under_way else {}
+        states = reward_states(self.reward_funcs)
+        return saved | {"rewards": states} if states else saved
 
     def load_rank_state(self, saved: dict[str, Any]) -> None:
-        self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        if "rollouts_under_way" in saved:
+            self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
+        load_reward_states(self.reward_funcs, saved.get("rewards", {}))
 
 
 class _EpochTeller(TrainerCallback):

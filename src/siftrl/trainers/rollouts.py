@@ -14,7 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from siftrl import distributed, lengths
 from siftrl.end_tokens import without_generation_config
-from siftrl.evaluate import evaluate, summarise
+from siftrl.evaluate import evaluate_on_ranks
 from siftrl.generation_rules import HONOURED_WITH_SEEDS, generation_kwargs
 from siftrl.rollout import (
     Completions,
@@ -202,28 +202,18 @@ class RolloutsMixin:
         Returns {"reward": mean, "std_error", "pass_at_k", "mean_length", "truncated", "rows"}: the same on every rank.
         """
         one_engine_a_rank = not self.use_vllm or (self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1)
-        mine, share = rows, len(rows)
-        if one_engine_a_rank:
-            world = distributed.world_size()
-            own = list(range(distributed.rank(), len(rows), world))
-            share = len(own)
-            # every rank generates as many batches: with sharded weights a forward pass takes all ranks
-            mine = rows.select(own + [0] * (-(-len(rows) // world) - share))
         with self.rollout_engine() as engine:
-            report = evaluate(
+            return evaluate_on_ranks(
                 engine,
                 self._tokenizer,
-                mine,
+                rows,
                 self.reward_funcs,
                 self.reward_weights.tolist(),
+                sampling,
+                spread=one_engine_a_rank,
                 samples=samples,
-                greedy=sampling.temperature == 0,
-                temperature=sampling.temperature or 1.0,
-                max_tokens=sampling.max_tokens,
                 batch_size=batch_size,
                 seed=seed,
                 tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
                 progress=distributed.is_main() and not self.args.disable_tqdm,
             )
-        report = report.first(share)
-        return summarise(distributed.gather_objects(report) if one_engine_a_rank else [report])

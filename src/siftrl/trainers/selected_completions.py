@@ -24,6 +24,7 @@ from trl.trainer.utils import use_adapter
 from siftrl import batch_selection, distributed, policy
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain
+from siftrl.health import Health
 from siftrl.parts import PartNames
 from siftrl.rollout import replaced
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
@@ -32,10 +33,12 @@ from siftrl.scoring import ScoredBatch, Scorer
 from siftrl.signals import ValueGradient
 from siftrl.trainers import completions
 from siftrl.trainers import rows as row_ops
+from siftrl.trainers.base import settle
 from siftrl.types import BatchSelector, Selection
 
-ROW = "siftrl_row"
-"""A column that says which row of the data set it is; taken out before a reward sees it."""
+ROW: Any = 0
+"""The key under which a row holds its place in the data set; taken out before a reward sees it. No column has it: their
+names are text."""
 
 
 class _Numbered(torch.utils.data.Dataset):
@@ -60,11 +63,13 @@ class SelectedCompletionsMixin:
     accelerator: Any
     args: Any
     clock: Clock
+    health: Health
     model: Any
     recorder: Recorder | None
     row_selection: RowSelection | None
     state: Any
     train_dataset: Any
+    warn: Any
     # TRL's
     aux_loss_enabled: bool
     beta: float
@@ -135,6 +140,7 @@ class SelectedCompletionsMixin:
             clock=self.clock,
             recorder=self.recorder,
             max_overhead=max_overhead,
+            warn=self.warn,
         )
 
     def take_ids(self, data_rows: list[dict[str, Any]]) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -147,8 +153,7 @@ class SelectedCompletionsMixin:
     def _keep_completions(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """This rank's micro-batches of the completions worth training on, of all ranks' rollouts."""
         assert self.row_selection is not None
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the rollout's end is not the selection's cost
+        settle(self.accelerator.device)  # the rollout's end is not the selection's cost
         with self.clock("select"):
             step, group = self.state.global_step + 1, self.num_generations
             rows = [row for part in distributed.gather_objects(row_ops.split(batch)) for row in part]
@@ -179,6 +184,8 @@ class SelectedCompletionsMixin:
                 complete=None if self._skips else fill,
             )
             whole = fill(selection)
+            distributed.check_same(whole.indices, f"the rows of step {step}", whole.weights)
+            length = completions.step_scale(signals, whole, teaches, self.loss_type)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
@@ -191,14 +198,19 @@ class SelectedCompletionsMixin:
                 "copies": (copies == 0).float().mean().item(),
                 "filled": whole.reasons.count("fill") / keep,
                 "with_advantage": teaches.float().mean().item(),
+                "step_scale": length,
                 "padding": completions.padding_share(dealt),
             }
             for name, figure in figures.items():
                 self._log_metric_value(f"batch/{name}", figure)
+            if self.chain:
+                offered = int((teaches & (copies > 0)).sum())
+                self.health.chosen(offered, keep, int(figures["rows_run"]), int(figures["rows_scored"]))
             num_items = (signals.num_tokens[whole.indices] * whole.weights).sum()
             pad, device = self._tokenizer.pad_token_id, self.accelerator.device
             return [
-                completions.as_batch(mine, scales, num_items, pad, device) for mine, scales in dealt[distributed.rank()]
+                completions.as_batch(mine, scales, length, num_items, pad, device)
+                for mine, scales in dealt[distributed.rank()]
             ]
 
     @property

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from transformers import TrainingArguments
 from siftrl import batch_selection, distributed, state
 from siftrl.batch_arithmetic import kept_rows
 from siftrl.batch_selection import Chain, Link
+from siftrl.health import Health
 from siftrl.row_selection import RowSelection, check_selectors, sources_of
 from siftrl.run import Clock, Recorder
 from siftrl.scoring import Rows, Scorer
+from siftrl.trainers.base import settle
 from siftrl.types import BatchSelector, Selection, Signals
 
 
@@ -38,15 +40,19 @@ class SelectedRowsMixin(ABC):
     """The data set's columns that a row is read from, where they are there."""
     loss_hint: str
     """Where to look when no row bears loss."""
+    eval_figures: ClassVar[Mapping[str, str]] = {}
+    """What is measured on held-out rows besides the loss: name -> TRL's name."""
 
     args: Any
     accelerator: Any
     clock: Clock
+    health: Health
     model: Any
     recorder: Recorder | None
     row_selection: RowSelection | None
     state: Any
     train_dataset: Any
+    warn: Any
     _metrics: dict[str, Any]
     _total_train_tokens: Any
 
@@ -84,6 +90,7 @@ class SelectedRowsMixin(ABC):
             clock=self.clock,
             recorder=self.recorder,
             max_overhead=max_overhead,
+            warn=self.warn,
         )
 
     # -- a row -------------------------------------------------------------------------------------------------
@@ -107,6 +114,10 @@ class SelectedRowsMixin(ABC):
         """What TRL divides the step's losses by; None: by the rows of each micro-batch."""
         return None
 
+    @abstractmethod
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        """What the loss of a held-out batch is a mean over."""
+
     # -- one step's rows ---------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -128,6 +139,8 @@ class SelectedRowsMixin(ABC):
         assert self.row_selection is not None
         for _ in range(num_batches):
             next(epoch_iterator)
+        with self.clock("policy_update"):
+            settle(self.accelerator.device)  # the optimizer's last step is not the selection's cost
         with self.clock("select"):
             rows, signals = self.draw_candidates()
             some, step = signals.num_tokens > 0, self.state.global_step + 1
@@ -141,13 +154,14 @@ class SelectedRowsMixin(ABC):
             selection, figures = self.row_selection.choose(
                 step, rows.__getitem__, signals, some, notes, signals.ids.tolist()
             )
+            distributed.check_same(selection.indices, f"the rows of step {step}", selection.weights)
             self._log_figures(figures)
+            keep = kept_rows(len(rows), [link.keep for link in self.chain])[-1]
+            self.health.chosen(int(some.sum()), keep, len(selection.indices), int(figures["rows_scored"]))
             return self._micro_batches(rows, signals, selection, num_batches)
 
     def draw_candidates(self) -> tuple[Rows, Signals]:
         """The next B rows of the data set, and what is known of them without the model; the same on every rank."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the optimizer's step is not the selection's cost
         ids = self.row_stream.draw(self.rows_read_per_step)
         columns = self._columns[ids.tolist()]
         rows: Rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

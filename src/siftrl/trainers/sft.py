@@ -114,6 +114,9 @@ class SFTTrainer(SelectedRowsMixin, SiftMixin, TRLSFTTrainer):
         num_tokens = signals.num_tokens[selection.indices]
         return (num_tokens * selection.weights).sum() if self._is_weighted else num_tokens.sum()
 
+    def num_eval_items(self, batch: dict[str, Any]) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -1,0 +1,167 @@
+"""`siftrl eval` on a tiny real model: its table, its JSON, its rows, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from siftrl import cli
+from siftrl.data import load_data
+from siftrl.models import load_tokenizer, save_scratch_model
+from siftrl.recipe import DataConfig, ModelConfig, ScratchConfig
+
+DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "20+1=", "answer": "21"}\n')
+    return tmp_path
+
+
+def siftrl(*arguments: str, fails: bool = False) -> None:
+    assert cli.main(["eval", *arguments]) == (2 if fails else 0)
+
+
+def test_prints_a_table_and_writes_rows_to_train_on(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("reasoning_gym")
+    options = ["--prompt-template", "{metadata[expression]}=", "--reward", "reasoning_gym", "--samples", "2"]
+    options += ["--limit", "5", "--max-tokens", "3", "--out", "out/rows.jsonl"]
+    siftrl(tiny_model, "--data", "reasoning_gym:chain_sum", *options)
+    printed = capsys.readouterr()
+    assert "mean reward" in printed.out and "pass@2" in printed.out and "±" in printed.out
+    assert "reasoning_gym:chain_sum: 5 rows\n" in printed.err
+    lines = [json.loads(line) for line in Path("out/rows.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(len(line["samples"]) == len(line["rewards"]) == 2 for line in lines)
+    assert lines[0]["prompt"].endswith("=") and lines[0]["pass_rate"] == 0.0 and "data" not in lines[0]
+    tokenizer = load_tokenizer(ModelConfig(path=tiny_model))
+    rows = load_data(DataConfig(path="out/rows.jsonl"), "grpo", tokenizer).train
+    assert rows["pass_rate"][:] == [0.0] * 5
+
+
+def test_the_model_is_asked_as_the_flags_say_and_rewards_get_their_options(
+    tiny_model: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "asked.py").write_text(
+        "import json\n"
+        "def asked(completions, prompts, *, name: str = '', **columns):\n"
+        "    with open('seen.json', 'w') as file:\n"  # it runs in a process of its own
+        "        json.dump([name, prompts[0]], file)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    flags = ["--chat", "--system-prompt", "Add.", "--reward", "{name: 'asked:asked', weight: 3.0, options: {name: x}}"]
+    siftrl(tiny_model, "--data", "sums=rows.jsonl", *flags, "--max-tokens", "2", "--json", "-")
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
+    assert json.loads((home / "seen.json").read_text()) == ["x", messages]
+    document = json.loads(capsys.readouterr().out)  # nothing but the JSON
+    assert document["model"] == tiny_model
+    settings = {"engine": "transformers", "max_tokens": 2, "temperature": 0.0, "samples": 1, "seed": 0}
+    assert document["settings"] == settings
+    (found,) = document["data"]
+    assert (found["name"], found["rows"], found["reward"], found["std_error"]) == ("sums", 2, 3.0, 0.0)
+
+
+def test_dropped_rows_are_told(tiny_model: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": " ", "answer": "21"}\n')
+    siftrl(tiny_model, "--data", "rows.jsonl", "--reward", "exact_match", "--max-tokens", "2", "--json", "a/b.json")
+    printed = capsys.readouterr()
+    assert "rows.jsonl: 1 rows, 1 dropped (empty prompt)" in printed.err and "mean reward" in printed.out
+    assert json.loads(Path("a/b.json").read_text())["data"][0]["dropped"] == {"empty prompt": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "none.jsonl"], "siftrl: --data: there is no file or folder none.jsonl"),
+        (["--data", "rows.jsonl", "--prompt", "promt"], "siftrl: --prompt: there is no column 'promt'; did you mean"),
+        (["--data", "rows.jsonl", "--prompt-template", "{q}"], "siftrl: --prompt-template: there is no column 'q'"),
+        (
+            [
+                "--data",
+                "a=rows.jsonl",
+                "--data",
+                "b=rows.jsonl",
+                "--reward",
+                "{name: exact_match, options: {column: a}}",
+            ],
+            "siftrl: --reward: a: exact_match reads the column 'a', which the data has not",
+        ),
+    ],
+)
+def test_mistakes_in_the_data_are_one_line(
+    tiny_model: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = [] if "--reward" in arguments else ["--reward", "exact_match"]
+    siftrl(tiny_model, *arguments, *rewards, "--max-tokens", "2", fails=True)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(message, last), last
+
+
+def test_word_problems_of_four_forms_in_one_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GSM8K, MAWPS, SVAMP and ASDiv as their authors' files are, each with its own columns."""
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not there: the data sets are not part of the project")
+    letters = "".join(sorted({letter for path in DATA.glob("*/test.jsonl") for letter in path.read_text()}))
+    sizes = ScratchConfig(
+        hidden_size=32, num_layers=1, num_heads=2, max_positions=2048, alphabet=letters + "é–—’“”£€°½"
+    )
+    save_scratch_model(sizes, home / "model", seed=0)
+    (home / "my.py").write_text(
+        "def gold(completions, *, column: str = 'answer', **columns):\n"
+        "    return [float(bool(str(answer))) for answer in columns[column]]\n"
+    )
+    entries = {
+        "gsm8k": ("prompt: question", "answer"),
+        "mawps": ("prompt: input", "target"),
+        "svamp": ('prompt_template: "{Body} {Question}"', "Answer"),
+        "asdiv": ('prompt_template: "{body} {question}"', "answer"),
+    }
+    lines = [
+        f"  - {{name: {name}, path: {DATA}/{name}/test.jsonl, {prompt}, rewards: "
+        f"[{{name: 'my:gold', options: {{column: {column}}}}}]}}"
+        for name, (prompt, column) in entries.items()
+    ]
+    (home / "suite.yaml").write_text("data:\n" + "\n".join(lines) + "\n")
+    siftrl("model", "--suite", "suite.yaml", "--limit", "4", "--max-tokens", "2", "--out", "rows.jsonl")
+    table = capsys.readouterr().out
+    for name in entries:
+        (row,) = [line for line in table.splitlines() if f"│ {name} " in line]
+        assert "1.0000 ± 0.0000" in row and "│    4 │" in row
+    written = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [line["data"] for line in written] == [name for name in entries for _ in range(4)]
+
+
+@pytest.mark.slow
+def test_held_out_rows_are_those_that_training_holds_out(tiny_model: str, home: Path) -> None:
+    """From the end of a file, from a file of their own, or made: with and without the training rows beside them."""
+    from siftrl.eval_command import _rows
+    from siftrl.eval_plan import Measured
+
+    tokenizer: Any = load_tokenizer(ModelConfig(path=tiny_model))
+    rows = [{"q": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
+    (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[7:12]))
+    gym = {"tasks": [{"name": "chain_sum"}, {"name": "basic_arithmetic"}], "size": 30}
+    for data in (
+        {"path": "train.jsonl", "prompt": "q", "eval": {"size": 6}, "limit": 9},
+        {"path": "train.jsonl", "prompt": "q", "chat": True, "eval": {"path": "test.jsonl", "size": 3}},
+        {"reasoning_gym": gym, "eval": {"size": 7}},
+        {"reasoning_gym": gym, "prompt_template": "{question}=", "eval": {"size": 7, "seed": 9}},
+    ):
+        config = DataConfig.model_validate(data)
+        trained = load_data(config, "grpo", tokenizer)
+        assert trained.eval is not None
+        found, dropped = _rows(Measured("x", config, [], held_out=True), tokenizer)
+        assert found.to_list() == trained.eval.to_list() and not dropped
+        few, _ = _rows(Measured("x", config, [], held_out=True, limit=2), tokenizer)
+        assert few.to_list() == trained.eval.to_list()[:2]
