@@ -380,6 +380,11 @@ def report_command(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    return int(args.function(args))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     learn = commands.add_parser("learn", help="every arm with every seed")
@@ -404,8 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--chain", required=True)
     run.add_argument("--seed", type=int, required=True)
     run.add_argument("--job", required=True)
-    args = parser.parse_args(arguments)
-    return int(args.function(args))
+    return parser
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from bench_common import ROOT, cores, hardware, hardware_text
 from bench_report import render, write_plot
 from tqdm.auto import tqdm
 
-from siftrl.recipe import GRPOStage, Recipe, dump, load_recipe, resolved
+from siftrl.recipe import GRPOStage, Recipe, SelectionConfig, SignalsConfig, dump, load_recipe, resolved
 from siftrl.recipe_text import RecipeError, dump_yaml
 from siftrl.run import PARTS, write_json
 
@@ -171,8 +171,8 @@ def learn_command(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, overrides)
     if not isinstance(recipe.stages[-1], GRPOStage) or "max_steps" not in recipe.stages[-1].trainer:
         raise RecipeError(f"{args.recipe}: the last stage has to be grpo, with trainer.max_steps")
-    for stage in recipe.stages:
-        stage.batch_selector = None  # prompt selectors are compared: all rows are trained on
+    for stage in recipe.stages:  # prompt selectors are compared: all rows are trained on
+        stage.batch_selector, stage.signals, stage.selection = None, SignalsConfig(), SelectionConfig()
     out = args.out.resolve()
     for folder in ("recipes", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)

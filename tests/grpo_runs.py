@@ -40,7 +40,7 @@ def selector(name: str, **options: Any) -> Any:
 
 def build(model: Any, folder: Path, data: Any, batch_selector: Any, kind: Any = GRPOTrainer, **changes: Any) -> Any:
     ours = ("keep", "source_column", "scoring_batch_size", "skip_zero_advantage", "prompt_selector", "max_overhead")
-    ours += ("peft_config",)
+    ours += ("peft_config", "rollout")
     options = {name: changes.pop(name) for name in ours if name in changes}
     reward = changes.pop("reward", digit_share)
     return kind(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,14 @@ from typing import Any
 
 import pytest
 from launch import run_command
+from test_docs import ROOT, commands
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from siftrl.recipe import load_recipe
+
+SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_curriculum  # noqa: E402
 import bench_report  # noqa: E402
 
 
@@ -38,6 +45,47 @@ RAW = {
     "settings": {"start_per_seed": False},
     "hardware": {"cpu": "c", "cores": 2, "torch_threads": 1, "gpus": [], "load_before": 0.0, "versions": {}},
 }
+
+
+def shown() -> list[tuple[str, str, list[str]]]:
+    """Every command of a benchmark that a page or a script's docstring shows: where, script, arguments."""
+    found = [(where, words) for where, words in commands() if any("scripts/bench_" in word for word in words)]
+    for file in sorted(SCRIPTS.glob("bench_*.py")):
+        lines = re.findall(r"^    python (scripts/bench_.*)$", file.read_text().split('"""')[1], re.MULTILINE)
+        found += [(file.name, shlex.split(line)) for line in lines]
+    split = []
+    for where, words in found:
+        (at,) = [index for index, word in enumerate(words) if word.startswith("scripts/bench_")]
+        split.append((where, Path(words[at]).stem, words[at + 1 :]))
+    return split
+
+
+SHOWN = shown()
+
+
+def test_commands_of_every_benchmark_are_shown() -> None:
+    names = {file.stem for file in SCRIPTS.glob("bench_*.py") if "_parser()" in file.read_text()}
+    assert {name for where, name, _ in SHOWN if where.startswith("benchmarks.md")} == names
+
+
+@pytest.mark.parametrize(("where", "name", "arguments"), SHOWN, ids=[f"{where}-{name}" for where, name, _ in SHOWN])
+def test_every_command_of_a_benchmark_parses_and_its_recipes_validate(
+    where: str, name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the training itself, which takes an hour."""
+    args = importlib.import_module(name)._parser().parse_args(arguments)
+    for file in [args.recipe] if "recipe" in args else []:
+        load_recipe(ROOT / file, [*(bench_curriculum.SMOKE if args.smoke else []), *args.overrides])
+    if name == "bench_curriculum" and arguments[0] == "learn":
+        monkeypatch.setattr(bench_curriculum, "_run_jobs", lambda *_: [])
+        monkeypatch.setattr(bench_curriculum, "report_command", lambda _: 0)
+        monkeypatch.chdir(ROOT)
+        (tmp_path / "start").mkdir()
+        for options in ([], ["--start", str(tmp_path / "start")]):
+            if options or args.recipe.endswith("quickstart.yaml"):
+                at = arguments.index("--out")
+                changed = [*arguments[:at], *options, "--seeds", "0", "--out", str(tmp_path), *arguments[at + 2 :]]
+                assert bench_curriculum.main(changed) == 0
 
 
 def test_the_cost_of_an_accuracy_is_linear_between_evaluations() -> None:

@@ -195,8 +195,9 @@ def test_eval_plans_before_it_loads(
 
     seen: list[EvalPlan] = []
     monkeypatch.setattr(eval_command, "run_plan", lambda plan: seen.append(plan) or 0)
-    assert cli.main(["eval", "a-model", "--data", "rows.jsonl", "--reward", "exact_match"]) == 0
+    assert cli.main(["eval", "a-model", "--data", "some/rows", "--reward", "exact_match"]) == 0
     assert seen[0].model.path == "a-model"
+    assert "not checked: --data: some/rows is taken for a hub name" in capsys.readouterr().err
     assert cli.main(["eval", "a-model", "--data", "rows.jsonl", "--reward", "exact"]) == 2
     assert capsys.readouterr().err == "siftrl: --reward: no reward 'exact'; did you mean 'exact_match'?\n"
     assert len(seen) == 1

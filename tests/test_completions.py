@@ -74,6 +74,29 @@ def test_fill() -> None:
     assert completions.fill(chosen, torch.tensor([0, 1, 3]), 5, same, generator).weights.tolist() == [0.5, 1.5, 0.5]
 
 
+def test_the_step_is_as_long_as_that_of_all_rows() -> None:
+    """6 rows with 1, ..., 6 tokens, of which 0, 1, 2, 3 teach: 4/6 of the rows, 10/21 of the tokens."""
+    signals = completions.describe([row(1, n) for n in range(1, 7)], 2, "grpo")
+    teaching = torch.tensor([True] * 4 + [False] * 2)
+
+    def scale(indices: list[int], loss_type: str, weights: list[float] | None = None) -> float:
+        weighed = None if weights is None else torch.tensor(weights)
+        selection = Selection.of(torch.tensor(indices), 6, weights=weighed)
+        return completions.step_scale(signals, selection, teaching, loss_type)
+
+    for loss_type in ("grpo", "dr_grpo", "sapo", "luspo"):
+        assert scale([0, 1], loss_type) == scale([3, 2], loss_type, [3.0, 1.0]) == pytest.approx(4 / 6)
+        # one more fills up: the loss is divided by 5 rows, that of all by 6
+        assert scale([0, 1, 2, 3, 4], loss_type) == pytest.approx(5 / 6)
+        assert scale([0, 1, 2, 3, 4, 5], loss_type) == pytest.approx(1)
+        assert scale([0, 4], loss_type, [3.0, 1.0]) == pytest.approx(4 / 6 * 4 / 3)
+    for loss_type in ("dapo", "bnpo", "cispo", "vespo"):
+        assert scale([0, 1], loss_type) == pytest.approx(10 / 21)
+        assert scale([0, 1, 2, 3, 4], loss_type) == pytest.approx(15 / 21)  # tokens of the kept, of all
+        assert scale([0, 4], loss_type, [3.0, 1.0]) == pytest.approx(10 / 21 * (3 * 1 + 5) / 3)
+    assert scale([4, 5], "grpo") == 1
+
+
 def test_micro_batches_by_hand() -> None:
     """5 of 6 rows are kept and one of them is not run: 4 on 2 ranks, longest first; denominators count 5."""
     rows = [row(1, n) for n in (9, 3, 8, 4, 5, 6)]

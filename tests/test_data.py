@@ -11,6 +11,7 @@ from siftrl.data import load_data, load_rows
 from siftrl.gym_rows import decode, encode, make_rows, score
 from siftrl.models import character_tokenizer
 from siftrl.recipe import DataConfig, ReasoningGymConfig
+from siftrl.row_shapes import fill
 
 TOKENIZER = character_tokenizer()
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "source": "sums"} for a in range(4) for b in range(5)]
@@ -68,6 +69,24 @@ def test_a_local_file_serves_any_split_name_and_slices(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     assert len(load_rows(path, split="test")) == 20
     assert len(load_rows(path, split="train[:10%]")) == 2
+    with pytest.raises(ValueError, match="data.split: 'train.x.': Unrecognized"):
+        load_rows(path, split="train[x]")
+
+
+def test_splits_of_folders_and_saved_sets_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for name, rows in (("train", ROWS[:8]), ("test", ROWS[8:12])):
+        write(tmp_path / "files" / f"{name}.jsonl", rows)
+    saved = {name: load_rows(str(tmp_path / "files" / f"{name}.jsonl")) for name in ("train", "test")}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    for folder in ("files", "saved"):
+        path = str(tmp_path / folder)
+        assert list(load_rows(path)) == ROWS[:8] and list(load_rows(path, split="test")) == ROWS[8:12]
+        assert list(load_rows(path, split="train[:25%]+test[-1:]")) == [*ROWS[:2], *ROWS[11:12]]
+        splits = load(config(path=path, eval={"path": path}))
+        assert (len(splits.train), len(splits.eval)) == (8, 4)
+        with pytest.raises(ValueError, match="data.split: .* split 'dev'"):
+            load_rows(path, split="dev")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +293,40 @@ def test_chat_prompts_need_a_chat_template(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         load(config(path=path, chat=True), tokenizer=tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- nulls, names, forms
+
+
+def test_rows_with_a_null_in_the_template_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"q": "1+1", "hint": "add"}, {"q": "1+2", "hint": None}, {"q": "1+3"}, {"q": "1+4", "hint": ""}]
+    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), prompt_template="{hint}: {q}="))
+    assert splits.train["prompt"][:] == ["add: 1+1=", ": 1+4="]
+    assert splits.report["dropped"] == {"null in prompt_template": 2}
+    assert fill("{a[x]} {b:>{width}}", {"a": {"x": 43.0}, "b": 7, "width": 3}) == "43   7"
+    assert fill("{a[x]}", {"a": {"x": None}}) is None
+    for template, message in (("{q", "expected '}'"), ("{}", "there is no column"), ("{q[", "does not fit|expected")):
+        with pytest.raises(ValueError, match=f"data.prompt_template: .*({message})"):
+            load(config(path=str(tmp_path / "rows.jsonl"), prompt_template=template))
+
+
+def test_columns_of_any_name_reach_the_rewards(tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "drop_reason": "none", "siftrl_row": 7, "measured": [1]}] * 2
+    assert load(config(path=write(tmp_path / "rows.jsonl", rows))).train[1] == rows[1]
+
+
+def test_a_completion_is_text_a_number_or_messages(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": {"answer": 2}}])
+    with pytest.raises(ValueError, match="row 0: completion: must be text, a number or a list of messages, not {'ans"):
+        load(config(path=path), "sft")
+
+
+def test_one_set_holds_plain_prompts_or_chat_messages(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": None}, {"prompt": "hi"}, {"prompt": [{"role": "user", "content": "hi"}]}]
+    with pytest.raises(ValueError, match="row 2: one set cannot hold both plain prompts and chat messages"):
+        load(config(path=write(tmp_path / "rows.jsonl", rows)))
+    chat = [{"prompt": []}] * 1001 + rows[2:]  # the first rows that are written have no message
+    assert load(config(path=write(tmp_path / "rows.jsonl", chat))).train["prompt"][:] == [rows[2]["prompt"]]
 
 
 # ------------------------------------------------------------------------------------------------------- held out

@@ -285,7 +285,6 @@ def check_evaluation(args: argparse.Namespace, folder: Path, monkeypatch: pytest
         (folder / args.suite).write_text(next(block.text for block in YAML if f"# {args.suite}" in block.text))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(eval_plan, "require_installed", lambda *_: None)
-    monkeypatch.setattr(eval_plan, "check_named", lambda *_: [])  # the pages' files are the reader's own
     eval_plan.make_plan(args, cli.find_recipe)
 
 

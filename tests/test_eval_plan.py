@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.eval_plan import EvalPlan, held_out_alone, make_plan
+from siftrl.eval_plan import EvalPlan, held_out_alone, look_at, make_plan
 from siftrl.recipe import DataConfig, dump, load_recipe
 from siftrl.recipe_text import RecipeError
 
@@ -248,7 +248,7 @@ def test_mistakes_are_one_line_that_names_the_flag(home: Path, arguments: list[s
     if "vllm" in arguments:
         pytest.importorskip("vllm")
     with pytest.raises(RecipeError, match=message) as error:
-        plan(*arguments)
+        look_at(plan(*arguments))
     assert "\n" not in str(error.value)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from siftrl.rollout import RolloutOptions
 from siftrl.trainers.grpo import GRPOTrainer
 from siftrl.value import decoder
 
@@ -131,6 +132,41 @@ def test_the_selected_step_by_hand(
     assert moved > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "cispo", "sapo", "vespo"])
+def test_a_step_of_a_few_is_as_long_as_that_of_all(tiny_model: str, sums: Any, tmp_path: Path, kind: str) -> None:
+    """4 of the T completions that have an advantage, out of 16: by hand, their mean times T / 16 (rows or tokens), and
+    the KL penalty, which is a mean over them, as it is. The second iteration has one: in the first the policy is the
+    reference."""
+    chooser = Unmeasured()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    hand, first = copy.deepcopy(model), copy.deepcopy(model)
+    options: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    options |= {"learning_rate": 0.05, "beta": 0.5, "num_iterations": 2, "max_steps": 2, "loss_type": kind}
+    trainer = run(build(model, tmp_path, sums, chooser, Watching, keep=4, reward=small_first, **options))
+    rows = trainer.rollout_rows[0]
+    taught = [index for index, row in enumerate(rows) if abs(row["advantages"].item()) > 1e-6]
+    lengths = [1 if kind in ("grpo", "sapo") else len(row["completion_ids"]) for row in rows]
+    scale = sum(lengths[index] for index in taught) / sum(lengths)
+    assert 4 < len(taught) < 16 and logged(trainer, "step_scale")[0] == pytest.approx(scale)
+    kept = [rows[index] for index in teaching(chooser, trainer)]
+    with torch.no_grad():
+        old = [log_probs(first, row, 1.0) for row in kept]
+    for _ in range(2):
+        per_row = [
+            token_losses(
+                log_probs(hand, row, 1.0), before, before, row["advantages"].double() * scale, kind, trainer.args
+            )
+            for row, before in zip(kept, old, strict=True)
+        ]
+        hand.zero_grad()
+        step_loss(per_row, torch.ones(4), kind, trainer.args).backward()
+        with torch.no_grad():
+            for parameter in hand.parameters():
+                parameter -= 0.05 * parameter.grad
+    for new, expected in zip(model.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(new, expected, atol=2e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"])
 def test_keeping_all_completions_is_trls_step_bit_for_bit(
     tiny_model: str, sums: Any, tmp_path: Path, kind: str
@@ -144,11 +180,13 @@ def test_keeping_all_completions_is_trls_step_bit_for_bit(
         assert torch.equal(mine, yours)
 
 
+@pytest.mark.parametrize("keep", [None, 12])
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "bnpo", "dr_grpo"])
 def test_skipped_completions_count_though_they_are_not_run(
-    tiny_model: str, sums: Any, tmp_path: Path, kind: str
+    tiny_model: str, sums: Any, tmp_path: Path, kind: str, keep: int | None
 ) -> None:
-    """TRL's step, without the passes of completions that have no advantage: the same gradient up to rounding.
+    """TRL's step, without the passes of completions that have no advantage: the same gradient up to rounding. With a
+    selector that has to keep more than have one, too: the step is no longer for it.
 
     One micro-batch, since bnpo divides by the tokens of each: here by the step's.
     """
@@ -170,9 +208,14 @@ def test_skipped_completions_count_though_they_are_not_run(
         lambda module, args, kwargs, output: None if kwargs.get("use_cache") else seen.append(len(kwargs["input_ids"])),
         with_kwargs=True,
     )
-    trainer = run(build(model, tmp_path / "part", sums, None, Watching, skip_zero_advantage=True, **changes))
+    skipping: dict[str, Any] = {"skip_zero_advantage": True} if keep is None else {"keep": keep}
+    skipping["rollout"] = RolloutOptions(seeded=False)  # as without a selector
+    chooser = None if keep is None else Unmeasured()
+    trainer = run(build(model, tmp_path / "part", sums, chooser, Watching, **skipping, **changes))
     effective = [abs(row["advantages"].item()) > 1e-6 for row in trainer.rollout_rows[0]]
-    assert 0 < sum(effective) < 16
+    assert 0 < sum(effective) <= 12
+    if keep is None or "grpo" in kind:  # the others divide by tokens
+        assert logged(trainer, "step_scale") == [pytest.approx(1 if keep is None else 12 / 16)]
     assert seen == [sum(effective)]
     assert logged(trainer, "rows_run") == [sum(effective)]
     moved = 0.0

@@ -42,7 +42,7 @@ RECIPE: dict[str, Any] = {
             "name": "warmup",
             "rows_per_step": 16,
             "micro_batch_size": 16,
-            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False},
+            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False, "max_length": 6},
         },
         {
             "kind": "grpo",
@@ -86,6 +86,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = siftrl("train", write_recipe(folder), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"reward \d\.\d{3} -> \d\.\d{3}", done.stdout)
+    assert "cut to trainer.max_length" in done.stdout
     return folder / "runs" / "small"
 
 
@@ -93,6 +94,7 @@ def test_run_folder_holds_what_the_readme_says(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     warmup, grpo = summary["stages"]
     assert (warmup["name"], warmup["kind"], grpo["name"], grpo["kind"]) == ("warmup", "sft", "grpo", "grpo")
+    assert 0 < warmup["data"]["cut"] < warmup["data"]["rows"]  # sums of two digits lose their end token
     assert grpo["rollouts"] == 20 * 16 and 320 <= grpo["tokens"] <= 320 * 4
     assert 0 <= grpo["eval"]["before"]["reward"] <= 1 and grpo["eval"]["after"]["rows"] == 8
     parts = {"propose", "generate", "reward", "value_update", "policy_update", "weight_sync", "total"}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.preflight import HEAD_ROWS, check_files, check_named, load_checked
+from siftrl.preflight import HEAD_ROWS, check_evaluation, check_files, load_checked
 from siftrl.recipe import DataConfig, RecipeError, RewardConfig
 from siftrl.recipe_text import parse_yaml
 
@@ -132,6 +132,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "rewards.0={name: exact_match, options: {gold: '#### (.*)'}}",
         "rewards.0.options.gold: '#### (.*)' finds no answer in the first 32 rows of rows.jsonl, for example in '1'",
     ),
+    "an answer that is a list": (
+        "data={path: lists.jsonl}",
+        "rewards.0: exact_match: column 'answer' holds a list, not an answer: [2]; write one answer a row",
+    ),
     "one of several of a reward's": (
         "rewards.0={name: math_verify, options: {column: gold}}",
         "rewards.0.options.column: math_verify reads the column 'gold', which the data has not; it has answer, p",
@@ -181,10 +185,22 @@ def test_what_files_do_not_hold_is_refused_by_key(case: str, here: Path) -> None
     write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
     write_rows(here / "empty.jsonl", 3, prompt=lambda i: " ", answer=lambda i: 2)
     write_rows(here / "trl.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, completion_ids=lambda i: 2)
+    write_rows(here / "lists.jsonl", 3, prompt=lambda i: "x", answer=lambda i: [2])
     write_rows(here / "sources.jsonl", 3, prompt=lambda i: "x", answer=lambda i: 2, source=lambda i: [1])
     (here / "split").mkdir()
     write_rows(here / "split" / "train.jsonl")
     assert message in refusal(write_recipe(here), override)
+
+
+def test_the_rewards_of_an_sft_stage_see_its_targets(here: Path) -> None:
+    write_rows(here / "rows.jsonl", prompt=lambda i: f"{i}+1=", solution=lambda i: i + 1)
+    data = {"path": "rows.jsonl", "completion": "solution", "eval": {"size": 4}}
+    recipe = write_recipe(here, SFT | {"eval": {}}, data=data)
+    assert "rewards.0.options.column: exact_match reads the column 'answer', which the data has not" in refusal(recipe)
+    for column in ("completion", "solution"):
+        assert checked(recipe, f"rewards=[{{name: exact_match, options: {{column: {column}}}}}]") == []
+    text = refusal(recipe, "rewards.0.options.column=solution", "stages.0.eval.max_completion_tokens=512")
+    assert "stages.0.eval.max_completion_tokens: the model's context of 512 tokens has no room for so many" in text
 
 
 def test_rows_of_several_forms_have_the_columns_of_all(here: Path) -> None:
@@ -396,26 +412,52 @@ def test_completions_fit_the_model_s_context(config: dict[str, Any], positions: 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_flags_are_named_for_what_a_command_line_names(here: Path) -> None:
+EVALS: dict[str, tuple[list[str], str]] = {
+    "a file": (["--data", "none.jsonl"], "--data: there is no file or folder none.jsonl"),
+    "a prompt": (["--data", "rows.jsonl", "--prompt", "promt"], "--prompt: there is no column 'promt'; did you mean"),
+    "a template": (["--data", "rows.jsonl", "--prompt-template", "{x}"], "--prompt-template: there is no column 'x'"),
+    "a split": (["--data", "split", "--split", "test"], "--split: no file in split is named after the split 'test'"),
+    "a reward's column": (
+        ["--data", "rows.jsonl", "--reward", "{name: exact_match, options: {column: x}}"],
+        "--reward: exact_match reads the column 'x', which the data has not",
+    ),
+    "a chat": (["--data", "rows.jsonl", "--chat"], "MODEL: the prompts are chat messages, but the tokenizer of model"),
+    "a context": (["--data", "rows.jsonl", "--max-tokens", "64"], "--max-tokens: the model's context of 64 tokens has"),
+    "one of several": (
+        ["--data", "rows.jsonl", "--data", "other=held.jsonl"],
+        "--prompt: other: there is no column 'prompt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVALS)
+def test_eval_looks_at_what_its_flags_name(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = EVALS[case]
+    write_model(here / "model")
     write_rows(here / "rows.jsonl")
-    flags = {"data.path": "--data", "data.prompt": "--prompt", "data.prompt_template": "--prompt-template"}
-    flags |= {"rewards": "--reward", "data.split": "--split", "model.path": "MODEL"}
-    reward = RewardConfig(name="exact_match")
-    assert check_named(None, DataConfig(path="rows.jsonl"), [reward], flags) == []
-    for data, message in {
-        "{path: none.jsonl}": "--data: there is no file or folder none.jsonl",
-        "{path: rows.jsonl, prompt: promt}": "--prompt: there is no column 'promt'; did you mean 'prompt'?",
-        "{path: rows.jsonl, prompt_template: '{x}'}": "--prompt-template: there is no column 'x'",
-    }.items():
-        with pytest.raises(RecipeError) as caught:
-            check_named(None, DataConfig.model_validate(parse_yaml(data)), [reward], flags)
-        assert str(caught.value).startswith(message)
-    with pytest.raises(RecipeError, match="^--reward: exact_match reads the column 'x', which the data has not"):
-        reads_x = RewardConfig(name="exact_match", options={"column": "x"})
-        check_named(None, DataConfig(path="rows.jsonl"), [reads_x], flags)
-    with pytest.raises(RecipeError, match="^MODEL: there is no folder ./none"):
-        check_named("./none", None, [], flags)
-    assert check_named("some/model", DataConfig(path="some/data"), [reward], flags) == [
+    write_rows(here / "held.jsonl", question=lambda i: "1+1=", answer=lambda i: 2)
+    (here / "split").mkdir()
+    write_rows(here / "split" / "train.jsonl")
+    flags = ["--max-tokens", "8"] if "--max-tokens" not in arguments else []
+    flags += ["--reward", "exact_match"] if "--reward" not in arguments else []
+    assert cli.main(["eval", "model", *arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["eval", "./none", "--data", "rows.jsonl", "--reward", "exact_match"]) == 2
+    assert capsys.readouterr().err == "siftrl: MODEL: there is no folder ./none\n"
+
+
+def test_eval_looks_at_what_a_recipe_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(here / "model")
+    write_rows(here / "rows.jsonl")
+    data = {"path": "rows.jsonl", "eval": {"path": "none.jsonl"}}
+    recipe = str(write_recipe(here, GRPO | {"eval": {}}, model={"path": "model"}, data=data))
+    assert cli.main(["eval", recipe]) == 2
+    assert capsys.readouterr().err == "siftrl: data.eval.path: there is no file or folder none.jsonl\n"
+
+
+def test_what_eval_did_not_check_is_said(here: Path) -> None:
+    reward, flags = RewardConfig(name="exact_match"), {"model.path": "MODEL", "data.path": "--data"}
+    assert check_evaluation("some/model", DataConfig(path="some/data"), [reward], flags) == [
         "not checked: MODEL: some/model is taken for a hub name: its files, its context",
         "not checked: --data: some/data is taken for a hub name: its rows and columns",
     ]
@@ -502,7 +544,7 @@ def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: py
         for gold in (18, 3, 70000)
         for line in (f"  answered '{gold}': math_verify 0", f"  answered '<answer>{gold}</answer>': math_verify 1")
     ]
-    math["options"] = {"gold": "every (.*)"}  # a match, and no answer
+    math["options"] = {"gold": "(= <<.*)"}  # a match, and no answer
     lines = shown(write_recipe(here, rewards=[math], data=data), 3, capsys)
     assert lines[-1] == "math_verify rewards the right answer of row 0 in none of these forms"
 

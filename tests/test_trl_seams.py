@@ -84,6 +84,12 @@ def test_a_rows_loss_is_made_of_the_log_probabilities_that_carry_its_weight() ->
     assert all(f'"{kind}"' in source for kind in types)
 
 
+def test_the_share_of_cut_completions_is_known_when_rewards_are_computed() -> None:
+    assert '["completions/clipped_ratio"].append(' in inspect.getsource(GRPOTrainer._generate)
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.index("self._generate(") < source.index("self._calculate_rewards(")
+
+
 def test_the_passes_over_all_completions_depend_on_what_we_replace() -> None:
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source

@@ -27,6 +27,7 @@ from datasets.features.features import register_feature
 from siftrl.data_files import EXACT, read_rows, whole
 
 _ROWS_AT_ONCE = 10_000
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ARROW: dict[type, str] = {str: "string", int: "int64", float: "float64", bool: "bool"}
 
 
@@ -42,7 +43,7 @@ class JsonCell:
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:
-        return None if value is None else _Json(json.dumps(value, ensure_ascii=False))
+        return None if value is None else _Json(_as_json(value))
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
         return None if value is None else json.loads(value)
@@ -145,10 +146,14 @@ def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _table(rows: list[dict[str, Any]], features: Features) -> pa.Table:
+    types = dict(zip(features, features.arrow_schema.types, strict=True))
     columns = []
     for name, feature in features.items():
         cells = _column(rows, name)
         if isinstance(feature, JsonCell):
             cells = list(map(feature.encode_example, cells))
-        columns.append(pa.array(cells, features.arrow_schema.field(name).type))
+        try:
+            columns.append(pa.array(cells, types[name]))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"column {name!r} holds half of a surrogate pair: {ascii(error.object)[:80]}") from error
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)

@@ -226,6 +226,8 @@ def _schema(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     plan = eval_plan.make_plan(args, find_recipe)
+    for line in eval_plan.look_at(plan):
+        print(line, file=sys.stderr)
 
     from siftrl.eval_command import run_plan
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets import Dataset, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from siftrl.cells import read_dataset, with_whole_numbers
@@ -265,7 +266,8 @@ def _shape(
         remove_columns=[column for column in ignored if column not in made],
         features=datasets.Features({**features, **dict.fromkeys(made, form)}),
         desc=f"Shaping {what}",
-        load_from_cache_file=False,  # a closure's hash is no safe key for a cache
+        load_from_cache_file=False,
+        new_fingerprint=Hasher.hash((rows._fingerprint, data.model_dump_json(), kind, what)),  # else the closure's hash
     )
     kept = [i for i, reason in enumerate(reasons) if not reason]
     dropped = dict(Counter(filter(None, reasons)))
@@ -314,7 +316,7 @@ def _columns_read(rows: Dataset, data: DataConfig, kind: Kind) -> list[str]:
     else:
         wanted = [data.prompt or "prompt"]
     wanted += [getattr(data, name) or name for name in COMPLETIONS[kind]]
-    return [name for name in dict.fromkeys(wanted) if name in rows.column_names]
+    return [name for name in dict.fromkeys(wanted) if name in rows.column_names] or rows.column_names[:1]
 
 
 def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from siftrl.eval_arguments import GYM_ROWS
-from siftrl.preflight import check_named
+from siftrl.preflight import check_evaluation
 from siftrl.recipe import AnyStage, DataConfig, EvalConfig, GRPOStage, ModelConfig, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_measured, require_installed
 from siftrl.recipe_sections import Section
@@ -147,7 +146,6 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
     find_recipe: a recipe's file by its name. Raises RecipeError, one line that names the flag or the key.
     """
     base = _base(args, find_recipe)
-    check_named(base.model.path, None, [], {} if base.stage else _FLAGS)
     stage = base.stage
     settings = (stage.eval if stage else None) or EvalConfig()
     sampling = stage.eval_sampling() if stage else {"max_tokens": 512, "temperature": 0.0}
@@ -187,6 +185,30 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
         out=args.out,
         json=args.json,
     )
+
+
+def look_at(plan: EvalPlan) -> list[str]:
+    """Look at the model's folder and at the first rows of each data set, before anything is loaded.
+
+    Returns a line for each thing that was not checked. Raises RecipeError that names the flag or the key.
+    """
+    lines: list[str] = []
+    of_model = {"max_tokens": "--max-tokens"} | ({} if plan.stage else {"model.path": "MODEL"})
+    assert plan.model.path is not None
+    for one in plan.sets:
+        data, names = one.data, of_model | dict(one.flags)
+        if one.held_out:
+            data = held_out_alone(data) or data
+            if one.data.eval is not None and one.data.eval.path is not None:
+                names |= {"data.path": "data.eval.path", "data.split": "data.eval.split"}
+        try:
+            lines += check_evaluation(
+                plan.model.path, data, one.rewards, names, kind=one.kind, max_tokens=plan.sampling["max_tokens"]
+            )
+        except RecipeError as error:
+            is_named = len(plan.sets) > 1 and not dotted(error.key).startswith(("MODEL", "--max"))
+            raise RecipeError(f"{one.name}: {error.problem}" if is_named else error.problem, *error.key) from None
+    return list(dict.fromkeys(lines))
 
 
 def _base(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> _Base:
@@ -287,26 +309,12 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
             raise RecipeError(f"{one.name!r} is there twice; name one: NAME={one.name}", "--data")
         if not one.rewards:
             raise RecipeError(f"{one.name}: nothing says what is right; write --reward exact_match", "--reward")
-        _check(one, args.suite)
-    return sets
-
-
-def _check(one: Measured, suite: Path | None) -> None:
-    """Look at the rows and the rewards, as far as that takes neither a download nor torch."""
-    alone, flags = one.data, dict(one.flags)
-    if one.held_out:
-        alone = held_out_alone(one.data) or one.data
-        flags |= {f"data.{name}": f"data.eval.{name}" for name in ("path", "split") if alone.path != one.data.path}
-    rewards = [] if one.kind == "sft" else one.rewards  # in sft they see `completion`, too
-    try:
         try:
             check_measured(one.data, one.rewards)
         except RecipeError as error:
-            raise RecipeError(error.problem, *flag_of(error.key, flags)) from None
-        for line in check_named(None, alone.model_copy(update={"eval": None}), rewards, flags):
-            print(line, file=sys.stderr)
-    except RecipeError as error:
-        raise RecipeError(f"{suite}: {one.name}: {error}" if suite else str(error)) from None
+            named = RecipeError(error.problem, *flag_of(error.key, one.flags))
+            raise RecipeError(f"{args.suite}: {one.name}: {named}" if args.suite else str(named)) from None
+    return sets
 
 
 def flag_of(key: Key, flags: Mapping[str, str]) -> Key:

@@ -26,6 +26,11 @@ def counts_rows(loss_type: str) -> bool:
     return loss_type in ("grpo", "sapo")
 
 
+def divides_by_rows(loss_type: str) -> bool:
+    """Whether a loss type divides a step's loss by its rows; else by its tokens."""
+    return loss_type in ("grpo", "sapo", "dr_grpo", "luspo")
+
+
 def row_losses(
     log_probs: Tensor,
     mask: Tensor,

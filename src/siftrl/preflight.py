@@ -16,11 +16,11 @@ from typing import Any, cast
 from siftrl import plugins
 from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
 from siftrl.data_files import head, local_files, read_rows, whole
-from siftrl.model_files import check_model
+from siftrl.model_files import ModelFiles, check_model
 from siftrl.recipe import AnyStage, DataConfig, EvalDataConfig, GRPOStage, Recipe, RewardConfig, load_recipe
 from siftrl.recipe_checks import check_context
 from siftrl.recipe_text import Key, RecipeError, dotted, located, near
-from siftrl.reward_columns import TRL_ARGUMENTS
+from siftrl.reward_columns import TRL_ARGUMENTS, compiled, gold_text
 from siftrl.row_shapes import COMPLETIONS, Kind, columns_needed, shape_row, shorten, template_columns
 
 HEAD_ROWS = 100
@@ -66,10 +66,8 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
         if model is not None and model.positions is not None:
             check_context(recipe, stage, model.positions, key)
         has_chat = _check_stage_data(recipe, stage, key, num_ranks or world_size(), lines)
-        if has_chat and model is not None and not model.chat_template and not stage.trainer.get("chat_template_path"):
-            problem = f"the prompts of stage {stage.name} are chat messages, but the tokenizer of {recipe.model.path}"
-            advice = "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
-            raise RecipeError(f"{problem} has no chat template; {advice}", "model", "path")
+        if has_chat and model is not None and not stage.trainer.get("chat_template_path"):
+            _require_template(model, recipe.model.path, f"the prompts of stage {stage.name}")
         _check_plugin_models(stage, key, lines)
         _check_trainer_files(stage, (*key, "trainer"))
         if isinstance(stage, GRPOStage) and stage.rollout.engine_args:
@@ -77,19 +75,28 @@ def check_files(recipe: Recipe, num_ranks: int | None = None) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def check_named(
-    model: str | None, data: DataConfig | None, rewards: Sequence[RewardConfig], flags: Mapping[str, str]
+def check_evaluation(
+    model: str,
+    data: DataConfig,
+    rewards: Sequence[RewardConfig],
+    flags: Mapping[str, str],
+    *,
+    kind: Kind = "grpo",
+    max_tokens: int = 0,
 ) -> list[str]:
-    """`check_files` of what a command line names: a model, and data and rewards to measure completions on.
+    """`check_files` of a model and of rows that its completions of at most `max_tokens` are measured on.
 
-    flags: the flag of each key ("model.path": "MODEL", "data.path": "--data", "rewards": "--reward"), for messages.
+    flags: what stands for each key in messages: {"model.path": "MODEL", "data.path": "--data", "rewards": "--reward"}.
     """
     lines: list[str] = []
     try:
-        if model is not None:
-            check_model(model, ("model", "path"), lines)
-        if data is not None:
-            _check_rows(data, "grpo", rewards, ("data",), ("rewards",), lines)
+        folder = check_model(model, ("model", "path"), lines)
+        _, has_chat = _check_rows(data, kind, rewards, ("data",), ("rewards",), lines)
+        if folder is not None and has_chat:
+            _require_template(folder, model, "the prompts")
+        if folder is not None and folder.positions is not None and max_tokens >= folder.positions:
+            problem = f"the model's context of {folder.positions} tokens has no room for {max_tokens} after a prompt"
+            raise RecipeError(f"{problem}; write {folder.positions - 1} or less", "max_tokens")
     except RecipeError as error:
         raise RecipeError(error.problem, _flag(error.key, flags)) from None
     return [re.sub(r"^(not checked: )?([\w.]+)", lambda match: _flag_line(match, flags), line) for line in lines]
@@ -105,6 +112,13 @@ def _flag_line(match: re.Match[str], flags: Mapping[str, str]) -> str:
     return (match[1] or "") + _flag(tuple(match[2].split(".")), flags)
 
 
+def _require_template(folder: ModelFiles, path: str | None, prompts: str) -> None:
+    if not folder.chat_template:
+        problem = f"{prompts} are chat messages, but the tokenizer of {path} has no chat template"
+        advice = "write plain prompts (without `chat` and `system_prompt`), or take a chat model"
+        raise RecipeError(f"{problem}; {advice}", "model", "path")
+
+
 # ------------------------------------------------------------------------------------------------------- a stage
 
 
@@ -112,7 +126,7 @@ def _check_stage_data(recipe: Recipe, stage: AnyStage, key: Key, world: int, lin
     """Check a stage's rows; returns whether its prompts are chat messages, as far as that is known."""
     data = recipe.data_of(stage)
     data_key: Key = ("data",) if stage.data is None else (*key, "data")
-    rewards = recipe.rewards_of(stage) if stage.kind == "grpo" else []
+    rewards = recipe.rewards_of(stage) if recipe.measures_rewards(stage) else []
     reward_key: Key = ("rewards",) if stage.rewards is None else (*key, "rewards")
     columns, has_chat = _check_rows(data, stage.kind, rewards, data_key, reward_key, lines)
     numbers = batch_arithmetic(stage, world)
@@ -175,7 +189,7 @@ def _check_rows(
             _check_template(data.prompt_template, {*known, "metadata"}, key)
         what = "its tasks' settings, but for their names, and what metadata their rows have"
         lines.append(f"not checked: {dotted((*key, 'reasoning_gym'))}: {what}")
-        _check_reward_columns(rewards, known, reward_key, lines)
+        _check_reward_columns(rewards, _handed_on(known, kind), reward_key, lines)
     elif data.path is not None:
         known, is_chat = _check_source(data.path, data.split, data, kind, rewards, key, reward_key, lines)
         has_chat = has_chat or is_chat
@@ -218,7 +232,7 @@ def _check_source(
         _require(column, columns, (*named, option))
     if data.source is not None and data.reasoning_gym is None:
         _check_sources(rows, data.source, kind, columns, (*named, "source"))
-    _check_reward_columns(rewards, set(columns), reward_key, lines)
+    _check_reward_columns(rewards, _handed_on(set(columns), kind), reward_key, lines)
     _check_golds(rewards, rows, path, reward_key)
     try:
         shaped = [shape_row(row, data, kind, f"{path}: row {index}") for index, row in enumerate(rows)]
@@ -265,15 +279,18 @@ def _require(column: str, columns: Sequence[str] | set[str], key: Key) -> None:
         raise RecipeError(f"there is no column {column!r}{near(column, columns)}; the columns are {shown}", *key)
 
 
+def _handed_on(columns: set[str], kind: Kind) -> set[str]:
+    """The columns that rewards are given: in an evaluation of SFT the targets, too."""
+    return columns - set(_NOT_HANDED_ON) | ({"completion"} if kind == "sft" else set())
+
+
 def _check_reward_columns(rewards: Sequence[RewardConfig], columns: set[str], key: Key, lines: list[str]) -> None:
     for index, reward in enumerate(rewards):
         where = (*key, index)
         plugin = plugins.find("reward", reward.name)
         read = _note_undeclared(reward, where, lines) or ()
         for alternatives in read:
-            _require_one(
-                alternatives, columns - set(_NOT_HANDED_ON), reward.options, f"{reward.name} reads", where, ("options",)
-            )
+            _require_one(alternatives, columns, reward.options, f"{reward.name} reads", where, ("options",))
         for option in plugin.fields if plugin.is_function else ():
             if option in columns:
                 what = f"the data has a column of this name, too, which {reward.name} is not given"
@@ -281,17 +298,23 @@ def _check_reward_columns(rewards: Sequence[RewardConfig], columns: set[str], ke
 
 
 def _check_golds(rewards: Sequence[RewardConfig], rows: Sequence[Mapping[str, Any]], path: str, key: Key) -> None:
-    """Whether the option `gold` of siftrl's own rewards finds an answer in some of the rows."""
+    """Whether siftrl's own rewards that compare with an answer find one in some of the rows."""
     for index, reward in enumerate(rewards):
         plugin, pattern = plugins.find("reward", reward.name), reward.options.get("gold")
-        if pattern is None or not plugin.module.startswith("siftrl.rewards."):
+        if not plugin.module.startswith("siftrl.rewards.") or "gold" not in plugin.fields:
             continue
+        finder = compiled("gold", pattern)
         for alternatives in plugins.columns_read(plugin, reward.options) or ():
-            cells = [row[name] for name in alternatives if name in rows[0] for row in rows if row[name] is not None]
-            if cells and not any(re.search(pattern, str(cell), re.DOTALL) for cell in cells):
-                problem = f"{pattern!r} finds no answer in the first {len(rows)} rows of {path}, for example in"
-                example = repr(shorten(str(cells[0]), 80))
-                raise RecipeError(f"{problem} {example}", *key, index, "options", "gold")
+            there = [name for name in alternatives if name in rows[0]]
+            cells = [(name, row[name]) for name in there for row in rows if row[name] is not None]
+            try:
+                found = [gold_text(cell, finder, reward.name, name) for name, cell in cells]
+            except ValueError as error:
+                raise RecipeError(str(error), *key, index) from None
+            if cells and not any(found):
+                what = f"{pattern!r} finds no answer" if pattern else f"{reward.name} finds no answer"
+                where = f"in the first {len(rows)} rows of {path}, for example in {shorten(str(cells[0][1]), 80)!r}"
+                raise RecipeError(f"{what} {where}", *key, index, *(("options", "gold") if pattern else ()))
 
 
 def _note_undeclared(reward: RewardConfig, key: Key, lines: list[str]) -> tuple[tuple[str, ...], ...] | None:

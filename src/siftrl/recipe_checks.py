@@ -218,6 +218,9 @@ def check_context(recipe: Recipe, stage: AnyStage, positions: int, key: Key) -> 
         room = positions - (needed - stage.rollout.max_completion_tokens) if stage.kind == "grpo" else positions
         advice = f"write {room} or less" if room > 0 else "lower data.max_prompt_tokens"
         raise RecipeError(f"the model's context of {positions} tokens has no room for {parts}; {advice}", *key, *where)
+    if stage.kind == "sft" and recipe.measures_rewards(stage) and stage.eval_sampling()["max_tokens"] >= positions:
+        problem = f"the model's context of {positions} tokens has no room for so many after a prompt"
+        raise RecipeError(f"{problem}; write {positions - 1} or less", *key, "eval", "max_completion_tokens")
     longest = stage.rollout.max_model_len if stage.kind == "grpo" else None
     if longest is not None and longest > positions:
         problem = f"{longest} is more than the model's context of {positions} tokens; write {positions} or less"

@@ -82,7 +82,7 @@ class ModelConfig(Section):
     scratch: ScratchConfig | None = None
     """Make a model with random weights instead."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the checkpoint's own."""
+    """auto: float32 for full fine-tuning, else the checkpoint's own. Full fine-tuning in 16 bits needs DeepSpeed."""
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
@@ -299,7 +299,8 @@ class SelectionConfig(Section):
     """Share of a step's seconds that scoring and choosing may take; null: no limit."""
     skip_zero_advantage: bool | None = None
     """grpo only: do not run completions whose advantage is 0, which have no gradient. null: where a batch selector had
-    to take some, since too few have one; true: always, without a batch selector too; false: never."""
+    to take some, since too few have one; true: always, without a batch selector too; false: never. The step is TRL's up
+    to rounding, but for `loss_type: bnpo`, which divides by the whole step's tokens here."""
 
 
 class RolloutConfig(Section):

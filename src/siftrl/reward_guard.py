@@ -88,9 +88,7 @@ def _load(config: RewardConfig, pool: RewardPool | None) -> GuardedReward | Asyn
             kind = AsyncGuardedReward if facts.is_async else GuardedReward
             return kind(pool, config.name, config.time_limit, config.on_error, facts.options)
     reward = plugins.load("reward", config.name, config.options)
-    level = logging.INFO if pool is None else logging.WARNING
-    logger.log(level, "reward %r: runs in the trainer's process: %s", config.name, reason)
-    return guard(reward, config.name, time_limit=config.time_limit, on_error=config.on_error)
+    return _here(reward, config.name, config.time_limit, config.on_error, reason, usual=pool is None)
 
 
 def _default_workers() -> int:
@@ -144,6 +142,14 @@ def guard(
     (which get the value that they got alone), until the first one ("stop") or for at most twice the call's limit
     ("missing": rows not reached are missing). So a call waits for at most three times its limit.
     """
+    return _here(reward, name, time_limit, on_error, "it is a Python object of a script's", usual=True)
+
+
+def _here(
+    reward: Callable[..., Any], name: str, time_limit: float | None, on_error: str, reason: str, *, usual: bool
+) -> GuardedReward | AsyncGuardedReward:
+    level = logging.INFO if usual else logging.WARNING
+    logger.log(level, "reward %r: runs in the trainer's process: %s", name, reason)
     kind = AsyncGuardedReward if is_async(reward) else GuardedReward
     return kind(_Here(reward), name, time_limit, on_error, bound_options(reward))
 

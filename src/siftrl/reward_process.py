@@ -6,6 +6,7 @@ This module must stay free of torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gc
 import inspect
@@ -15,10 +16,11 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from siftrl.reward_call import Answer, Columns, Fault, bound_options, call_reward, is_async, raised, rows_of
+from siftrl.reward_call import Answer, Columns, Fault, bound_options, call_reward, is_async, raised
 from siftrl.reward_workers import Facts, Reply
 
 _F_SETSIG = 10
@@ -31,19 +33,28 @@ def serve(connection: str, lifeline: str) -> None:
     for number in (connection, lifeline):
         os.set_inheritable(int(number), False)
     _end_with_the_trainer(int(lifeline))
-    with Connection(int(connection)) as trainer, asyncio.Runner() as runner:
+    gone = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)  # the trainer's end is closed
+    with gone, Connection(int(connection)) as trainer, asyncio.Runner() as runner:
         name, options, state = pickle.loads(trainer.recv_bytes())
         judge = _Judge(runner)
         trainer.send_bytes(pickle.dumps(judge.build(name, options, state)))
+        common: Columns | Fault = {}
         while True:
-            try:
-                num_rows, sent = pickle.loads(trainer.recv_bytes())
-            except EOFError:
-                return
+            num_rows, sent, sent_once = pickle.loads(trainer.recv_bytes())
             columns = _read(sent)
-            for row in [None] if num_rows is None else range(num_rows):
-                mine = columns if row is None or isinstance(columns, Fault) else rows_of(columns, [row], num_rows)
-                trainer.send_bytes(judge.reply(mine))
+            common = _read(sent_once) if sent_once is not None else common
+            for call in _calls(num_rows, columns, common):
+                trainer.send_bytes(judge.reply(call))
+
+
+def _calls(num_rows: int | None, columns: Columns | Fault, common: Columns | Fault) -> Iterator[Columns | Fault]:
+    """The arguments of each call: one a row with what all rows have in common, or (None) one for all of them."""
+    fault = next((part for part in (columns, common) if isinstance(part, Fault)), None)
+    for row in range(num_rows or 1):
+        if fault or num_rows is None:
+            yield fault or columns
+        else:
+            yield {name: [cells[row]] for name, cells in columns.items()} | common  # type: ignore[union-attr, operator]
 
 
 def _read(sent: bytes) -> Columns | Fault:
@@ -139,6 +150,9 @@ class _Judge:
 
 
 def _holds_a_model() -> bool:
-    """Whether a torch model is alive in this process."""
+    """Whether a torch module with weights is alive in this process (libraries keep some that have none)."""
     torch = sys.modules.get("torch")
-    return torch is not None and any(issubclass(type(item), torch.nn.Module) for item in gc.get_objects())
+    if torch is None:
+        return False
+    modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
+    return any(next(module.parameters(), None) is not None for module in modules)

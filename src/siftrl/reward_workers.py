@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from siftrl.reward_call import Answer, Columns, Fault, RewardError, joined, rows_of, too_slow
+from siftrl.reward_call import Answer, Columns, Fault, RewardError, joined, too_slow
 
 logger = logging.getLogger(__name__)
 CHUNK = 16
@@ -41,7 +42,7 @@ PATIENCE_SECONDS = 1.0
 """A call that takes longer gets another worker: most rewards never need a second one."""
 GOODBYE_SECONDS = 2.0
 """For a worker at rest to write its files and leave by itself, at the end."""
-_HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+")
 """What launchers write into the environment: a library in a worker would wait for the other ranks."""
 _SET = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "") | dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
@@ -83,6 +84,8 @@ class Worker:
         """The rows that it was given and has not told of; the first one is under way."""
         self.started = self.since = time.monotonic()
         """When it began with what it is doing."""
+        self.common: bytes | None = None
+        """What it was sent last that is the same for all rows of a call."""
         self.facts: Facts | None = None
         """Those of its reward, once it is built."""
         self._owner = os.getpid()
@@ -93,7 +96,7 @@ class Worker:
         code = f"import sys; sys.path[:] = {path!r}; from siftrl.reward_process import serve; serve(*sys.argv[1:])"
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", code, str(theirs.fileno()), str(lifeline)],
-            env={name: value for name, value in os.environ.items() if not _is_launchers(name)} | _SET,
+            env={name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)} | _SET,
             pass_fds=(theirs.fileno(), lifeline),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -149,10 +152,6 @@ class Worker:
         if self._lifeline is not None:
             os.close(self._lifeline)
         self._lifeline = None
-
-
-def _is_launchers(name: str) -> bool:
-    return name in _HIDDEN or name.startswith(("TORCHELASTIC_", "ROLE_"))
 
 
 def _descendants(pid: int) -> list[int]:
@@ -243,11 +242,13 @@ class RewardPool:
         (worker,) = self._workers
         if worker.facts is None:
             self._built(worker, worker.receive(START_SECONDS))
-        worker.send((None, self._pickled(columns)))
+        worker.send((None, self._pickled(columns), None))
         return self._answer(worker, worker.receive(limit), limit)
 
     def _rows(self, columns: Columns, limit: float | None) -> Answer:
         num_rows = len(columns["completions"])
+        cells = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == num_rows}
+        common = self._pickled({name: value for name, value in columns.items() if name not in cells})
         answers: list[Answer | Fault | None] = [None] * num_rows
         self._pending = deque(range(num_rows))
         budget = math.inf if limit is None or self.time_limit is None else limit + 2 * self.time_limit
@@ -255,13 +256,14 @@ class RewardPool:
         start = time.monotonic()
         stopped = False
         while not stopped and (self._pending or any(worker.rows for worker in self._workers)):
-            self._deal(columns, num_rows, late=time.monotonic() - start > PATIENCE_SECONDS)
+            self._deal(cells, common, late=time.monotonic() - start > PATIENCE_SECONDS)
             left = start + budget + self._starting() - time.monotonic()
             found = {row: answer for worker in self._speaking(left) for row, answer in self._heard(worker)}
             found |= self._late_rows()
             for row, answer in found.items():
                 answers[row] = answer
-            stopped = self.stop and any(isinstance(answer, Fault) for answer in found.values())
+            told = [value for answer in found.values() for value in getattr(answer, "values", [answer])]
+            stopped = self.stop and any(isinstance(value, Fault) for value in told)
             if start + budget + self._starting() < time.monotonic():
                 unreached = Fault(f"was not reached: {num_rows} rows took longer than {budget:g} s")
                 answers = [answer or unreached for answer in answers]
@@ -269,15 +271,20 @@ class RewardPool:
         self._drop(*(worker for worker in self._workers if worker.rows))
         return joined([answer or Answer([None], [], []) for answer in answers])
 
-    def _deal(self, columns: Columns, num_rows: int, *, late: bool) -> None:
-        """Give rows to the workers at rest, and start another one where none is left and the call takes long."""
+    def _deal(self, cells: Columns, common: bytes, *, late: bool) -> None:
+        """Give rows to the workers at rest, and start another one where none is left or the call takes long.
+
+        common: what is the same for all rows, such as the trainer's state, which may be large: sent once a call.
+        """
         for worker in list(self._workers):
             if worker.facts is None or worker.rows or not self._pending:
                 continue
             rows = [self._pending.popleft() for _ in range(min(CHUNK, len(self._pending)))]
             worker.rows.extend(rows)
-            if not worker.send((len(rows), self._pickled(rows_of(columns, rows, num_rows)))):
+            mine = self._pickled({name: [values[row] for row in rows] for name, values in cells.items()})
+            if not worker.send((len(rows), mine, None if worker.common is common else common)):
                 self._drop(worker)
+            worker.common = common
         starting = any(worker.facts is None for worker in self._workers)
         if self._pending and not starting and (not self._workers or (late and len(self._workers) < self.most)):
             self._start()

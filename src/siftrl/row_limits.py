@@ -95,7 +95,7 @@ def stage_limits(stage: AnyStage, model: ModelConfig) -> RowLimits:
         return replace(
             known,
             completion_tokens=stage.rollout.max_completion_tokens,
-            engine_context=stage.rollout.max_model_len,
+            engine_context=stage.rollout.max_model_len if stage.rollout.engine == "vllm" else None,
             rows=stage.prompts_per_step,
             rows_key="prompts_per_step",
         )

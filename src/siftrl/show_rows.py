@@ -27,7 +27,7 @@ def rows_text(recipe: Recipe, count: int) -> str:
     blocks: dict[str, None] = {}
     for stage in recipe.stages:
         data = recipe.data_of(stage)
-        rewards = recipe.rewards_of(stage) if stage.kind == "grpo" else []
+        rewards = recipe.rewards_of(stage) if recipe.measures_rewards(stage) else []
         made = [(reward, plugins.load("reward", reward.name, reward.options)) for reward in rewards]
         rows = first_rows(data, count)
         lines = [f"stage {stage.name} ({stage.kind})"]

@@ -98,6 +98,26 @@ def fill(selection: Selection, spare: Tensor, keep: int, copies: Tensor, generat
     )
 
 
+def step_scale(signals: Signals, selection: Selection, teaching: Tensor, loss_type: str) -> float:
+    """What the kept rows' advantages are multiplied by, so that the step is as long as that of all rows.
+
+    The policy loss of all B rows is sum_{teaching i} l_i / D_all, D their number or their tokens, whatever `loss_type`
+    divides by. That of the kept ones is sum_{chosen i} w_i l_i / D_kept: they stand for the teaching rows alone, and
+    without a factor it would be up to D_all / D_teaching times as long. The factor is
+
+        (D_teaching / D_all) · (D_kept / D_chosen),    D_kept, D_chosen weighted, D_chosen without those that fill up.
+
+    Advantages are multiplied and not gradients, since a KL penalty is a mean over the kept rows as it is one over all.
+    teaching: bool [B]. 1 where no row that teaches was chosen.
+    """
+    sizes = torch.ones(len(signals)) if policy.divides_by_rows(loss_type) else signals.num_tokens.float()
+    weighed = sizes[selection.indices] * selection.weights
+    chosen = float(weighed[teaching[selection.indices]].sum())
+    if chosen == 0:
+        return 1.0
+    return float(sizes[teaching].sum() / sizes.sum()) * float(weighed.sum()) / chosen
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
     """How kept rows are divided: `updates` optimizer steps, each of `micro_batches` on each of `ranks`."""
@@ -156,10 +176,12 @@ def padding_share(dealt: Sequence[Sequence[tuple[list[Row], Tensor]]]) -> float:
 
 
 def as_batch(
-    rows: list[Row], scales: Tensor, num_items: Tensor, pad_token_id: int, device: torch.device
+    rows: list[Row], scales: Tensor, length: float, num_items: Tensor, pad_token_id: int, device: torch.device
 ) -> dict[str, Any]:
-    """A micro-batch as TRL's loss takes it. num_items: loss-bearing tokens of the rollout's kept rows, weighted."""
+    """A micro-batch as TRL's loss takes it. length: of the step, see `step_scale`. num_items: loss-bearing tokens of
+    the rollout's kept rows, weighted."""
     batch = row_ops.join(rows, pad_token_id, device)
+    batch["advantages"] = batch["advantages"] * length
     batch["num_items_in_batch"] = num_items.to(device)
     batch["row_scales"] = scales.to(device)
     return batch

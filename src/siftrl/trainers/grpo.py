@@ -66,7 +66,8 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
     With a batch selector `args` describes the rollouts: per_device_train_batch_size x steps_per_generation x ranks
     completions are generated, rewarded, and compared in their groups. The kept ones are trained on in micro-batches of
     at most per_device_train_batch_size rows and in as many optimizer steps as before: memory is what it was, and a
-    dropped completion costs nothing after its scoring.
+    dropped completion costs nothing after its scoring. A step is as long as that of all completions would be (see
+    `siftrl.trainers.completions.step_scale`).
 
     Args:
         prompt_selector: chooses the prompts of each step (see `siftrl.types.PromptSelector`); None: TRL's order.
@@ -80,7 +81,9 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         max_overhead: share of a step's seconds that scoring and choosing may take (see `siftrl.budget`).
         skip_zero_advantage: do not run completions that have no advantage, though they count in the loss's denominator:
             they have no gradient. None: where a batch selector had to take some since too few have one; True: always;
-            False: never. They are always run where a KL penalty, an entropy bonus or a router's loss counts on them.
+            False: never. The step is TRL's up to rounding, but for bnpo: TRL divides each micro-batch by its own
+            tokens, here the whole step's count. They are always run where a KL penalty, an entropy bonus or a router's
+            loss counts on them.
         halt_on_no_signal: stop after so many optimizer steps in a row without a prompt whose completions' rewards
             differ. None: only warn.
         rollout: seeds, the weight-sync probe and further vLLM arguments.

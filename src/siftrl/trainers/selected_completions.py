@@ -185,6 +185,7 @@ class SelectedCompletionsMixin:
             )
             whole = fill(selection)
             distributed.check_same(whole.indices, f"the rows of step {step}", whole.weights)
+            length = completions.step_scale(signals, whole, teaches, self.loss_type)
             runs = teaches if self._skips else torch.ones_like(teaches)
             layout = completions.Layout(
                 updates=max(self.args.steps_per_generation // self.args.gradient_accumulation_steps, 1),
@@ -197,6 +198,7 @@ class SelectedCompletionsMixin:
                 "copies": (copies == 0).float().mean().item(),
                 "filled": whole.reasons.count("fill") / keep,
                 "with_advantage": teaches.float().mean().item(),
+                "step_scale": length,
                 "padding": completions.padding_share(dealt),
             }
             for name, figure in figures.items():
@@ -207,7 +209,8 @@ class SelectedCompletionsMixin:
             num_items = (signals.num_tokens[whole.indices] * whole.weights).sum()
             pad, device = self._tokenizer.pad_token_id, self.accelerator.device
             return [
-                completions.as_batch(mine, scales, num_items, pad, device) for mine, scales in dealt[distributed.rank()]
+                completions.as_batch(mine, scales, length, num_items, pad, device)
+                for mine, scales in dealt[distributed.rank()]
             ]
 
     @property
