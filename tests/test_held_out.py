@@ -190,6 +190,7 @@ def test_rewards_of_an_sft_stage_are_measured_where_it_says_eval(recipe: Path) -
         (["stages.0.rewards=[exact_match]"], "stages.0.rewards: has no effect in an sft stage without `eval`"),
         (["stages.0.eval={samples: 4, greedy: false}"], "stages.0.eval.samples: has no effect: an sft stage gen"),
         (["stages.0.eval={every: 5}"], ""),
+        (["stages.0.eval={max_completion_tokens: 64}", "rewards=[exact_match]"], "has no room for so many"),
         (["stages.0.eval={max_completion_tokens: 4}", "rewards=[exact_match]"], ""),
         (
             ["stages.0={kind: dpo, eval: {batch_size: 4}}", "rewards=[exact_match]"],
