@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from siftrl import cli, eval_plan, plugins, recipe
+from siftrl import cli, eval_plan, eval_sets, plugins, recipe
 from siftrl.recipe_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def test_every_yaml_block_is_a_recipe_or_part_of_one(block: Block, examples: Pat
     """`yaml recipe`: a whole recipe. `yaml part`, `yaml sft part`: keys of a recipe, or else of its stage.
     `yaml suite`: what `siftrl eval --suite` reads."""
     if block.info == "suite":
-        eval_plan.Suite.model_validate(parse_yaml(block.text))
+        eval_sets.Suite.model_validate(parse_yaml(block.text))
         return
     assert block.info in ("recipe", *PARTS), f"{block}: mark the block as `yaml recipe` or one of {', '.join(PARTS)}"
     content = parse_yaml(block.text)

@@ -132,7 +132,7 @@ def test_word_problems_of_four_forms_in_one_command(home: Path, capsys: pytest.C
 def test_held_out_rows_are_those_that_training_holds_out(tiny_model: str, home: Path) -> None:
     """From the end of a file, from a file of their own, or made: with and without the training rows beside them."""
     from siftrl.eval_command import _rows
-    from siftrl.eval_plan import Measured
+    from siftrl.eval_sets import Measured
     from siftrl.row_limits import NO_LIMITS
 
     tokenizer: Any = load_tokenizer(ModelConfig(path=tiny_model))

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.eval_plan import EvalPlan, held_out_alone, look_at, make_plan
+from siftrl.eval_plan import EvalPlan, look_at, make_plan
+from siftrl.eval_sets import held_out_alone
 from siftrl.recipe import DataConfig, dump, load_recipe
 from siftrl.recipe_text import RecipeError
 
@@ -235,6 +236,8 @@ MODEL = ["m", "--data", "rows.jsonl", "--reward", "exact_match"]
         (["my.yaml", "--prompt-template", "x"], "--prompt-template: is for --data; .* write data.prompt_template="),
         (["my.yaml", "rewards=null"], "my.yaml with rewards=null: rewards: must be a list"),
         (["missing.yaml"], "missing.yaml: no such file"),
+        ([*MODEL, "--out", "gsm8k"], "--out: gsm8k is a folder; write a file's name"),
+        ([*MODEL, "--json", "rows.jsonl/a.json"], "--json: .*rows.jsonl is no folder that can be written to"),
         (["./none", *MODEL[1:]], "MODEL: there is no folder ./none"),
         (["m", "--data", "none.jsonl", "--reward", "exact_match"], "--data: there is no file or folder none.jsonl"),
         ([*MODEL, "--prompt", "promt"], "--prompt: there is no column 'promt'; did you mean 'prompt'"),

@@ -54,7 +54,7 @@ def test_plugins_are_imported_once() -> None:
     [
         *("cli", "recipe", "recipe_text", "recipe_checks", "trainer_checks", "plugins", "plugin_source", "schema"),
         *("plugin_stand_in", "show", "show_rows", "fields", "preflight", "model_files", "data_files", "row_shapes"),
-        *("eval_arguments", "eval_plan"),
+        *("eval_arguments", "eval_plan", "eval_sets"),
     ],
 )
 def test_modules_that_check_recipes_are_free_of_torch(module: str) -> None:

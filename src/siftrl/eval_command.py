@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from siftrl import precision
 from siftrl.data import load_data
-from siftrl.eval_plan import EvalPlan, Measured, held_out_alone
+from siftrl.eval_plan import EvalPlan
+from siftrl.eval_sets import Measured, held_out_alone
 from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
