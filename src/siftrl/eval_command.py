@@ -20,6 +20,7 @@ from siftrl.eval_plan import EvalPlan, Measured, held_out_alone, key_as_flag
 from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
+from siftrl.precision import gpu_has_bfloat16
 from siftrl.recipe import ModelConfig
 from siftrl.reward_guard import RewardError, close_rewards, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
@@ -93,11 +94,12 @@ def _engine(
     model, on_gpu = plan.model, torch.cuda.is_available()
     assert model.path is not None
     half = on_gpu and plan.bf16
+    half_type = torch.bfloat16 if gpu_has_bfloat16() else torch.float16  # what training computes in
     if plan.engine == "vllm":
         longest = max(len(ids) for rows in sets for ids in encode_prompts(rows["prompt"][:], tokenizer))
         options: dict[str, Any] = {"max_model_len": longest + plan.sampling["max_tokens"]}
         if plan.as_trained:
-            options["dtype"] = "bfloat16" if half else "float32"
+            options["dtype"] = str(half_type).removeprefix("torch.") if half else "float32"
         elif model.dtype != "auto":
             options["dtype"] = model.dtype
         options |= {"trust_remote_code": model.trust_remote_code}
@@ -106,7 +108,7 @@ def _engine(
     policy, _, _ = load_policy(model, for_training=plan.as_trained)
     if model.quantize is None:
         policy = policy.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
-    autocast = torch.autocast("cuda", torch.bfloat16) if half else nullcontext()
+    autocast = torch.autocast("cuda", half_type) if half else nullcontext()
     return TransformersEngine(policy, tokenizer), autocast
 
 
