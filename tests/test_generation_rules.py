@@ -11,6 +11,7 @@ from conftest import digit_share, grpo_args
 from test_recipe import BASE
 
 from siftrl.generation_rules import check_generation, logprobs_mode
+from siftrl.pipeline import _trainer_options
 from siftrl.recipe import RecipeError, load_recipe
 from siftrl.recipe_checks import check_recipe
 from siftrl.rollout import RolloutOptions
@@ -109,3 +110,15 @@ def test_seeded_rollouts_honour_what_they_take(tiny_model: str, tmp_path: Path, 
     only = {"generation_kwargs": {"suppress_tokens": forbidden}}
     assert drawn(**only) == [[allowed] * 8] * 2
     assert drawn() == drawn(cache_implementation="static") != [[allowed] * 8] * 2
+
+
+def test_what_a_recipe_asks_of_trl(tmp_path: Path) -> None:
+    def options(*overrides: str) -> dict[str, Any]:
+        recipe = load_recipe(tmp_path / "r.yaml", ["stages.1.rollout.engine=vllm", *overrides])
+        return _trainer_options(recipe, recipe.stages[1], tmp_path)
+
+    (tmp_path / "r.yaml").write_text(BASE.replace("scratch: {hidden_size: 96}", "path: some/model"))
+    assert options()["vllm_importance_sampling_mode"] == "token_truncate"
+    assert options()["trust_remote_code"] is False and options("model.trust_remote_code=true")["trust_remote_code"]
+    own = options("stages.1.trainer.vllm_importance_sampling_mode=sequence_mask")
+    assert own["vllm_importance_sampling_mode"] == "sequence_mask"

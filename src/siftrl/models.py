@@ -22,6 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from siftrl.precision import gpu_has_bfloat16
+
 if TYPE_CHECKING:
     from siftrl.recipe import ModelConfig, ScratchConfig
 
@@ -135,7 +137,7 @@ def quantization_config(model_config: ModelConfig) -> Any | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if gpu_has_bfloat16() else torch.float16,
     )
 
 
@@ -152,6 +154,7 @@ def peft_config(model_config: ModelConfig) -> Any | None:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float serves as well
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        revision=model_config.revision,
     )
 
 

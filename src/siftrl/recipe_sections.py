@@ -82,7 +82,7 @@ class ModelConfig(Section):
     scratch: ScratchConfig | None = None
     """Make a model with random weights instead."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: the checkpoint's own."""
+    """auto: float32 for full fine-tuning, else the checkpoint's own. Full fine-tuning in 16 bits needs DeepSpeed."""
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None

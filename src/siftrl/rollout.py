@@ -32,6 +32,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 
 from siftrl.end_tokens import end_tokens, without_generation_config
+from siftrl.precision import gpu_has_bfloat16
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -248,7 +249,9 @@ class VLLMEngine:
         from vllm import LLM
 
         prepare_cpu_vllm()
-        return cls(LLM(model=path, **(cpu_engine_args() | engine_args)))
+        half = torch.cuda.is_available() and not gpu_has_bfloat16()  # vLLM refuses bfloat16 there
+        fitting = {"dtype": "float16"} if half else cpu_engine_args()
+        return cls(LLM(model=path, **(fitting | engine_args)))
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling, seeds: list[int] | None = None) -> Completions:
         return vllm_generate(self.llm, prompt_ids, sampling, seeds)
