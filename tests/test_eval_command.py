@@ -153,3 +153,19 @@ def test_held_out_rows_are_those_that_training_holds_out(tiny_model: str, home: 
         assert found.to_list() == trained.eval.to_list() and not dropped
         few, _ = _rows(Measured("x", config, [], held_out=True, limit=2), tokenizer, NO_LIMITS)
         assert few.to_list() == trained.eval.to_list()[:2]
+
+
+@pytest.mark.engines
+def test_both_engines_measure_the_same(tiny_model: str, home: Path) -> None:
+    """Greedy completions of prompts of different lengths, from vLLM with arguments of its own and from transformers."""
+    (home / "my.py").write_text(
+        "def digits(completions, **columns):\n"
+        "    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]\n"
+    )
+    rows = "".join(json.dumps({"prompt": f"{10**n}+{n}="}) + "\n" for n in range(12))
+    (home / "rows.jsonl").write_text(rows)
+    options = ["--data", "rows.jsonl", "--reward", "my:digits", "--max-tokens", "6"]
+    siftrl(tiny_model, *options, "--json", "transformers.json")
+    siftrl(tiny_model, *options, "--json", "vllm.json", "--engine", "vllm", "--engine-arg", "max_num_seqs=4")
+    ours, theirs = (json.loads((home / f"{name}.json").read_text())["data"] for name in ("transformers", "vllm"))
+    assert ours[0]["reward"] > 0 and ours == theirs

@@ -215,7 +215,7 @@ MODEL = ["m", "--data", "rows.jsonl", "--reward", "exact_match"]
     ("arguments", "message"),
     [
         (["m"], "--data: a model is measured on data: give --data or --suite"),
-        (["m", "--data", "d"], "--reward: d: nothing says what is right; write --reward exact_match"),
+        (["m", "--data", "d"], "--reward: d: nothing says what is right: write --reward exact_match"),
         (["m", "--data", "d", "--reward", "exact"], "--reward: no reward 'exact'; did you mean 'exact_match'?"),
         (["m", "--data", "d", "--reward", "{name: exact_match, options: {colum: a}}"], "--reward: options.colum: "),
         (["m", "--data", "d", "--reward", "{name: exact_match, weigt: 1}"], "--reward: weigt: unknown key; did you"),

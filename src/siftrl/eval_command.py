@@ -132,6 +132,8 @@ def _engine(
         options |= {"trust_remote_code": model.trust_remote_code}
         options |= {"revision": model.revision} if model.revision is not None else {}
         return VLLMEngine.from_path(model.path, **(options | plan.engine_args)), nullcontext()
+    if not on_gpu and model.dtype == "auto" and model.quantize is None:
+        model = model.model_copy(update={"dtype": "float32"})  # as vLLM on CPUs; bfloat16 takes many times as long
     policy, _, _ = load_policy(model, for_training=plan.stage is not None)
     if model.quantize is None:
         policy = policy.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]

@@ -308,7 +308,8 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
         if names.count(one.name) > 1:
             raise RecipeError(f"{one.name!r} is there twice; name one: NAME={one.name}", "--data")
         if not one.rewards:
-            raise RecipeError(f"{one.name}: nothing says what is right; write --reward exact_match", "--reward")
+            where = "; what training measured of this run is in its summary.json" if base.stage else ""
+            raise RecipeError(f"{one.name}: nothing says what is right: write --reward exact_match{where}", "--reward")
         try:
             check_measured(one.data, one.rewards)
         except RecipeError as error:
