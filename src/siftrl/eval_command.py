@@ -23,7 +23,6 @@ from siftrl.eval_plan import EvalPlan, Measured, held_out_alone
 from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
-from siftrl.precision import gpu_has_bfloat16
 from siftrl.recipe import ModelConfig
 from siftrl.reward_guard import RewardError, close_rewards, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
