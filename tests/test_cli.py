@@ -185,8 +185,13 @@ def test_a_recipe_that_comes_with_siftrl_is_found_by_name(tmp_path: Path, monkey
 # -------------------------------------------------------------------------------------------------- eval
 
 
-def test_eval_plans_before_it_loads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_plans_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from siftrl import eval_command
+
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
 
     seen: list[EvalPlan] = []
     monkeypatch.setattr(eval_command, "run_plan", lambda plan: seen.append(plan) or 0)

@@ -325,13 +325,16 @@ def test_dpo_stage_of_a_recipe_trains_on_the_kept_pairs(
         "batch_selector": [{"name": "high_loss", "keep": 0.75}, {"name": "gradient_coreset", "keep": 8}],
         "trainer": {"max_steps": 2, "loss_type": ["sigmoid_norm"], "disable_tqdm": True},
     }
-    data = {"path": "pairs.jsonl", "chosen": "better", "rejected": "worse", "source": "source"}
+    data = {"path": "pairs.jsonl", "chosen": "better", "rejected": "worse", "source": "source", "eval": {"size": 8}}
     recipe = {"model": {"path": tiny_model}, "data": data, "stages": [stage], "logging": {"every": 1}}
     Path("small.yaml").write_text(yaml.safe_dump(recipe))
     pipeline.run_recipe(load_recipe("small.yaml"))
     (summary,) = json.loads(Path("runs/small/summary.json").read_text())["stages"]
     assert (summary["kind"], summary["steps"], summary["selection"]["rows_trained"]) == ("dpo", 2, 16)
-    assert summary["data"]["sources"] == {"sums": 42, "words": 6}
+    assert summary["data"]["sources"] == {"sums": 35, "words": 5}
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    assert before.keys() == after.keys() == {"loss", "accuracy", "margin", "rows"} and after["rows"] == 8
+    assert (before["accuracy"], before["margin"]) == (0, 0) and after["loss"] != before["loss"]
     trained = AutoModelForCausalLM.from_pretrained("runs/small/model", dtype="float32").state_dict()
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32").state_dict()
     assert any(not torch.equal(trained[name], start[name]) for name in start)

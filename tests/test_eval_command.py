@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +78,20 @@ def test_dropped_rows_are_told(tiny_model: str, home: Path, capsys: pytest.Captu
     assert json.loads(Path("a/b.json").read_text())["data"][0]["dropped"] == {"empty prompt": 1}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "none.jsonl"], "siftrl: --data: there is no file or folder none.jsonl"),
-        (["--data", "rows.jsonl", "--prompt", "promt"], "siftrl: --prompt: there is no column 'promt'; did you mean"),
-        (["--data", "rows.jsonl", "--prompt-template", "{q}"], "siftrl: --prompt-template: there is no column 'q'"),
-        (
-            [
-                "--data",
-                "a=rows.jsonl",
-                "--data",
-                "b=rows.jsonl",
-                "--reward",
-                "{name: exact_match, options: {column: a}}",
-            ],
-            "siftrl: --reward: a: exact_match reads the column 'a', which the data has not",
-        ),
-    ],
-)
-def test_mistakes_in_the_data_are_one_line(
-    tiny_model: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_a_reward_at_fault_is_named_with_its_data_set(
+    tiny_model: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rewards = [] if "--reward" in arguments else ["--reward", "exact_match"]
-    siftrl(tiny_model, *arguments, *rewards, "--max-tokens", "2", fails=True)
+    (home / "wrong.py").write_text("def wrong(completions, **columns):\n    raise KeyError('gold')\n")
+    sets = ["--data", "a=rows.jsonl", "--data", "b=rows.jsonl", "--reward", "wrong:wrong"]
+    siftrl(tiny_model, *sets, "--max-tokens", "2", fails=True)
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match(message, last), last
+    assert last.startswith("siftrl: a: reward 'wrong:wrong': row 0: raised KeyError: 'gold'; prompt: '1+1='")
+
+
+def test_what_the_model_cannot_read_names_the_flag(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    siftrl(tiny_model, "--data", "rows.jsonl", "--reward", "exact_match", "--max-tokens", "90", fails=True)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("siftrl: --max-tokens: the model's context of 64 tokens has no room for 90 after a prompt")
 
 
 def test_word_problems_of_four_forms_in_one_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +133,7 @@ def test_held_out_rows_are_those_that_training_holds_out(tiny_model: str, home: 
     """From the end of a file, from a file of their own, or made: with and without the training rows beside them."""
     from siftrl.eval_command import _rows
     from siftrl.eval_plan import Measured
+    from siftrl.row_limits import NO_LIMITS
 
     tokenizer: Any = load_tokenizer(ModelConfig(path=tiny_model))
     rows = [{"q": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
@@ -161,7 +149,23 @@ def test_held_out_rows_are_those_that_training_holds_out(tiny_model: str, home: 
         config = DataConfig.model_validate(data)
         trained = load_data(config, "grpo", tokenizer)
         assert trained.eval is not None
-        found, dropped = _rows(Measured("x", config, [], held_out=True), tokenizer)
+        found, dropped = _rows(Measured("x", config, [], held_out=True), tokenizer, NO_LIMITS)
         assert found.to_list() == trained.eval.to_list() and not dropped
-        few, _ = _rows(Measured("x", config, [], held_out=True, limit=2), tokenizer)
+        few, _ = _rows(Measured("x", config, [], held_out=True, limit=2), tokenizer, NO_LIMITS)
         assert few.to_list() == trained.eval.to_list()[:2]
+
+
+@pytest.mark.engines
+def test_both_engines_measure_the_same(tiny_model: str, home: Path) -> None:
+    """Greedy completions of prompts of different lengths, from vLLM with arguments of its own and from transformers."""
+    (home / "my.py").write_text(
+        "def digits(completions, **columns):\n"
+        "    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]\n"
+    )
+    rows = "".join(json.dumps({"prompt": f"{10**n}+{n}="}) + "\n" for n in range(12))
+    (home / "rows.jsonl").write_text(rows)
+    options = ["--data", "rows.jsonl", "--reward", "my:digits", "--max-tokens", "6"]
+    siftrl(tiny_model, *options, "--json", "transformers.json")
+    siftrl(tiny_model, *options, "--json", "vllm.json", "--engine", "vllm", "--engine-arg", "max_num_seqs=4")
+    ours, theirs = (json.loads((home / f"{name}.json").read_text())["data"] for name in ("transformers", "vllm"))
+    assert ours[0]["reward"] > 0 and ours == theirs

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from siftrl import cli
-from siftrl.eval_plan import EvalPlan, held_out_alone, make_plan
+from siftrl.eval_plan import EvalPlan, held_out_alone, look_at, make_plan
 from siftrl.recipe import DataConfig, dump, load_recipe
 from siftrl.recipe_text import RecipeError
 
@@ -39,7 +39,18 @@ def plan(*arguments: str) -> EvalPlan:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "gsm8k").mkdir()
+    row = dict.fromkeys(("prompt", "question", "problem", "Body", "Question", "answer", "gold"), "1")
+    for name in ("rows", "other", "a", "b", "svamp", "gsm8k/test"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 12)
     return tmp_path
+
+
+def make_model(folder: Path) -> None:
+    """The files by which a model's folder is known."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
 
 
 def make_run(home: Path, *stages: str, recipe: dict[str, Any] = RECIPE) -> None:
@@ -48,8 +59,7 @@ def make_run(home: Path, *stages: str, recipe: dict[str, Any] = RECIPE) -> None:
     run = home / "runs/my"
     done = [f"stages/{stage}" for stage in stages] + (["model"] if len(stages) == 2 else [])
     for folder in done:
-        (run / folder).mkdir(parents=True)
-        (run / folder / "config.json").write_text("{}")
+        make_model(run / folder)
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump(load_recipe(home / "my.yaml", num_ranks=4)))
     (run / "environment.json").write_text(json.dumps({"world_size": 4}))
@@ -74,8 +84,7 @@ def test_a_recipe_says_all_that_training_measures_with(home: Path) -> None:
         "repetition_penalty": 1.0,
     }
     assert (found.samples, found.batch_size, found.seed, found.engine) == (1, 64, 5, "transformers")
-    assert found.as_trained and found.bf16
-    assert not plan("my.yaml", "stages.grpo.trainer.bf16=false").bf16
+    assert found.stage == load_recipe("my.yaml").stages[1]
 
 
 def test_flags_and_overrides_go_before_the_recipe(home: Path) -> None:
@@ -171,7 +180,7 @@ def test_a_model_is_measured_by_flags(home: Path) -> None:
     assert (found.model.path, found.samples, found.sampling) == ("a-model", 1, {"max_tokens": 512, "temperature": 0.0})
     (measured,) = found.sets
     assert (measured.name, measured.data.path, measured.data.split) == ("rows.jsonl", "rows.jsonl", "test")
-    assert not measured.data.chat and not found.as_trained
+    assert not measured.data.chat and found.stage is None
     found = plan("a-model", "--data", "d", "--reward", "exact_match", "--samples", "8", "--k", "4, 1,8")
     assert (found.ks, found.sampling["temperature"]) == ([1, 4, 8], 1.0)
     found = plan("a-model", "model.revision=abc", "model.dtype=float32", "--data", "d", "--reward", "exact_match")
@@ -186,7 +195,7 @@ def test_several_data_sets_share_the_flags(home: Path) -> None:
     for one in found.sets:
         assert (one.data.prompt, one.data.chat, one.data.system_prompt) == ("question", True, "Be brief.")
         assert (one.data.limit, one.rewards[0].weight, one.rewards[0].options["column"]) == (7, 2.0, "gold")
-    (home / "a=b.jsonl").write_text("")
+    (home / "a=b.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
     assert plan("m", "--data", "a=b.jsonl", "--reward", "exact_match").sets[0].data.path == "a=b.jsonl"
     gym = plan("m", "--data", "reasoning_gym:chain_sum", "--reward", "reasoning_gym", "--limit", "5").sets[0]
     assert gym.data.reasoning_gym is not None and gym.data.reasoning_gym.size == 5
@@ -196,7 +205,7 @@ def test_other_data_is_asked_as_the_recipe_asks(home: Path) -> None:
     (one,) = plan("my.yaml", "--data", "other.jsonl", "--prompt", "problem").sets
     assert (one.data.system_prompt, one.data.prompt, one.held_out) == ("Think.", "problem", False)
     assert one.rewards[0].options["column"] == "gold"
-    assert plan("my.yaml", "--data", "o.jsonl", "--system-prompt", "Hm.").sets[0].data.system_prompt == "Hm."
+    assert plan("my.yaml", "--data", "a.jsonl", "--system-prompt", "Hm.").sets[0].data.system_prompt == "Hm."
 
 
 MODEL = ["m", "--data", "rows.jsonl", "--reward", "exact_match"]
@@ -206,7 +215,7 @@ MODEL = ["m", "--data", "rows.jsonl", "--reward", "exact_match"]
     ("arguments", "message"),
     [
         (["m"], "--data: a model is measured on data: give --data or --suite"),
-        (["m", "--data", "d"], "--reward: d: nothing says what is right; write --reward exact_match"),
+        (["m", "--data", "d"], "--reward: d: nothing says what is right: write --reward exact_match"),
         (["m", "--data", "d", "--reward", "exact"], "--reward: no reward 'exact'; did you mean 'exact_match'?"),
         (["m", "--data", "d", "--reward", "{name: exact_match, options: {colum: a}}"], "--reward: options.colum: "),
         (["m", "--data", "d", "--reward", "{name: exact_match, weigt: 1}"], "--reward: weigt: unknown key; did you"),
@@ -226,13 +235,20 @@ MODEL = ["m", "--data", "rows.jsonl", "--reward", "exact_match"]
         (["my.yaml", "--prompt-template", "x"], "--prompt-template: is for --data; .* write data.prompt_template="),
         (["my.yaml", "rewards=null"], "my.yaml with rewards=null: rewards: must be a list"),
         (["missing.yaml"], "missing.yaml: no such file"),
+        (["./none", *MODEL[1:]], "MODEL: there is no folder ./none"),
+        (["m", "--data", "none.jsonl", "--reward", "exact_match"], "--data: there is no file or folder none.jsonl"),
+        ([*MODEL, "--prompt", "promt"], "--prompt: there is no column 'promt'; did you mean 'prompt'"),
+        ([*MODEL, "--prompt-template", "{qestion}"], "--prompt-template: .*'qestion'"),
+        (["m", "--data", "b.jsonl", "--reward", "{name: exact_match, options: {column: gld}}"], "--reward: .*'gld'"),
+        (["my.yaml", "data.path=none.jsonl"], "data.path: there is no file or folder none.jsonl"),
+        (["my.yaml", "data.eval={path: none.jsonl}"], "data.eval.path: there is no file or folder none.jsonl"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_flag(home: Path, arguments: list[str], message: str) -> None:
     if "vllm" in arguments:
         pytest.importorskip("vllm")
     with pytest.raises(RecipeError, match=message) as error:
-        plan(*arguments)
+        look_at(plan(*arguments))
     assert "\n" not in str(error.value)
 
 

@@ -16,7 +16,7 @@ from test_sft import token_losses
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer as TRLSFTTrainer
 
-from siftrl import DPOTrainer, SFTTrainer, pipeline
+from siftrl import DPOTrainer, SFTTrainer, cli, pipeline
 from siftrl.evaluate import evaluate_on_ranks
 from siftrl.held_out import HeldOut
 from siftrl.recipe import RecipeError, load_recipe
@@ -170,8 +170,10 @@ def test_held_out_rows_are_measured_unasked(recipe: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_rewards_of_an_sft_stage_are_measured_where_it_says_eval(recipe: Path) -> None:
-    """The target column is the gold; every step is measured; the last measurement is the saved model's."""
+def test_rewards_of_an_sft_stage_are_measured_where_it_says_eval(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The target column is the gold; every step is measured; the last measurement is what `siftrl eval` finds."""
     reward = "[{name: exact_match, options: {column: completion}}]"
     settings = "{every: 1, samples: 2, greedy: false, max_completion_tokens: 3}"
     pipeline.run_recipe(load_recipe(recipe, [f"rewards={reward}", f"stages.0.eval={settings}"]))
@@ -181,6 +183,11 @@ def test_rewards_of_an_sft_stage_are_measured_where_it_says_eval(recipe: Path) -
         found = line["held_out"]
         assert found["loss"] > 0 and found["reward"] is not None and found["missing"] == 0
         assert found["pass_at_k"].keys() == {"1", "2"} and found["mean_length"] <= 3
+    capsys.readouterr()
+    assert cli.main(["eval", "runs/small", "--json", "-"]) == 0
+    (again,) = json.loads(capsys.readouterr().out)["data"]
+    last = {name: figure for name, figure in measured[-1]["held_out"].items() if name != "loss"}
+    assert {name: again[name] for name in last} == last
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,7 @@ def test_rewards_of_an_sft_stage_are_measured_where_it_says_eval(recipe: Path) -
         (["stages.0.rewards=[exact_match]"], "stages.0.rewards: has no effect in an sft stage without `eval`"),
         (["stages.0.eval={samples: 4, greedy: false}"], "stages.0.eval.samples: has no effect: an sft stage gen"),
         (["stages.0.eval={every: 5}"], ""),
+        (["stages.0.eval={max_completion_tokens: 64}", "rewards=[exact_match]"], "has no room for so many"),
         (["stages.0.eval={max_completion_tokens: 4}", "rewards=[exact_match]"], ""),
         (
             ["stages.0={kind: dpo, eval: {batch_size: 4}}", "rewards=[exact_match]"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from siftrl import precision
 from siftrl.data import load_data
-from siftrl.eval_plan import EvalPlan, Measured, held_out_alone, key_as_flag
+from siftrl.eval_plan import EvalPlan, Measured, held_out_alone
 from siftrl.evaluate import EvalReport, evaluate, summarise
 from siftrl.held_out import for_rewards
 from siftrl.models import load_policy, load_tokenizer
-from siftrl.precision import gpu_has_bfloat16
 from siftrl.recipe import ModelConfig
 from siftrl.reward_guard import RewardError, close_rewards, load_rewards
 from siftrl.rollout import Engine, Sampling, TransformersEngine, VLLMEngine
+from siftrl.row_limits import RowLimits, model_limits, stage_limits
 from siftrl.row_shapes import encode_prompts
 from siftrl.run import plain
 
@@ -34,17 +37,33 @@ def run_plan(plan: EvalPlan) -> int:
     Raises ValueError for what the user can mend: data, model, a reward at fault.
     """
     tokenizer = load_tokenizer(plan.model)
-    rewards = [load_rewards(one.rewards) for one in plan.sets]
-    loaded = [_rows(one, tokenizer) for one in plan.sets]
+    rewards: list[Any] = []
+    try:
+        rewards += [load_rewards(one.rewards) for one in plan.sets]
+        results, reports, rows = _measure(plan, tokenizer, rewards)
+    finally:
+        for functions, _ in rewards:
+            close_rewards(functions)
+    _show(plan, results)
+    if plan.out is not None:
+        _write_rows(plan.out, plan.sets, rows, reports)
+    return 0
+
+
+def _measure(
+    plan: EvalPlan, tokenizer: PreTrainedTokenizerBase, rewards: list[tuple[list[Any], list[float]]]
+) -> tuple[list[dict[str, Any]], list[EvalReport], list[Dataset]]:
+    """Each data set's figures as plain JSON, its report and its rows."""
+    loaded = [_rows(one, tokenizer, _limits(one, plan)) for one in plan.sets]
     for one, (rows, dropped) in zip(plan.sets, loaded, strict=True):
         counts = "".join(f", {number} dropped ({reason})" for reason, number in dropped.items())
         print(f"{one.name}: {len(rows)} rows{counts}", file=sys.stderr)
-    engine, precision = _engine(plan, tokenizer, [rows for rows, _ in loaded])
+    engine, autocast = _engine(plan, tokenizer, [rows for rows, _ in loaded])
     sampling = Sampling(**plan.sampling)
     results, reports = [], []
     for one, (functions, weights), (rows, dropped) in zip(plan.sets, rewards, loaded, strict=True):
         try:
-            with precision:
+            with autocast:
                 report = evaluate(
                     *(engine, tokenizer, rows, functions, weights, sampling),
                     samples=plan.samples,
@@ -53,31 +72,38 @@ def run_plan(plan: EvalPlan) -> int:
                 )
         except RewardError as error:
             raise ValueError(f"{one.name}: {error}" if len(plan.sets) > 1 else str(error)) from error
-        finally:
-            close_rewards(functions)
         found = summarise([report], plan.ks or None)
         errors = report.pass_at_k_errors(plan.ks or None)
         named = [reward.name for reward in one.rewards]
         results.append({"name": one.name, "rewards": named, **found, "pass_at_k_errors": errors, "dropped": dropped})
         reports.append(report)
-    _show(plan, results)
-    if plan.out is not None:
-        _write_rows(plan.out, plan.sets, [rows for rows, _ in loaded], reports)
-    return 0
+    return results, reports, [rows for rows, _ in loaded]
 
 
-def _rows(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, int]]:
+def _limits(measured: Measured, plan: EvalPlan) -> RowLimits:
+    """What the model reads at once; of an sft stage's rows also what it trains on of them."""
+    if measured.kind == "sft" and measured.stage is not None:
+        return replace(stage_limits(measured.stage, plan.model), rows=1)
+    engine = plan.engine_args.get("max_model_len")
+    return replace(model_limits(plan.model), completion_tokens=int(plan.sampling["max_tokens"]), engine_context=engine)
+
+
+def _rows(measured: Measured, tokenizer: PreTrainedTokenizerBase, limits: RowLimits) -> tuple[Dataset, dict[str, int]]:
     """The rows to measure on, and how many were dropped, by reason."""
     data = measured.data
     alone = held_out_alone(data) if measured.held_out else data.model_copy(update={"eval": None})
     try:
-        splits = load_data(alone or data, measured.kind, tokenizer)
+        splits = load_data(alone or data, measured.kind, tokenizer, limits)
     except ValueError as error:
-        key, colon, problem = str(error).partition(":")
+        key, _, problem = str(error).partition(":")
         if not key.startswith("data"):
             raise
-        flag = key_as_flag(key) if measured.flags else None
-        raise ValueError(f"{flag}:{problem}" if flag and colon else f"{measured.name}: {error}") from error
+        if measured.stage is None:
+            problem = problem.replace("rollout.max_completion_tokens", "--max-tokens")
+        if measured.flags:
+            problem = re.sub(r"write data\.max_prompt_tokens: \d+, or lower", "lower", problem)
+        where = measured.flags.get(key, f"{measured.name}: {key}")
+        raise ValueError(f"{where}:{problem}") from error
     rows, report = splits.train, splits.report
     if alone is None:
         assert splits.eval is not None
@@ -93,23 +119,27 @@ def _engine(
     """The engine with the model, and what is open while it generates."""
     model, on_gpu = plan.model, torch.cuda.is_available()
     assert model.path is not None
-    half = on_gpu and plan.bf16
-    half_type = torch.bfloat16 if gpu_has_bfloat16() else torch.float16  # what training computes in
+    dtype = None
+    if plan.stage is not None:  # what the trainer computes in
+        mixed = precision.mixed_precision(plan.stage.trainer, gpu=on_gpu, gpu_has_bfloat16=precision.gpu_has_bfloat16())
+        dtype = "bfloat16" if mixed["bf16"] else "float16" if mixed["fp16"] else "float32"
     if plan.engine == "vllm":
         longest = max(len(ids) for rows in sets for ids in encode_prompts(rows["prompt"][:], tokenizer))
         options: dict[str, Any] = {"max_model_len": longest + plan.sampling["max_tokens"]}
-        if plan.as_trained:
-            options["dtype"] = str(half_type).removeprefix("torch.") if half else "float32"
-        elif model.dtype != "auto":
-            options["dtype"] = model.dtype
+        if dtype or model.dtype != "auto":
+            options["dtype"] = dtype or model.dtype
         options |= {"trust_remote_code": model.trust_remote_code}
         options |= {"revision": model.revision} if model.revision is not None else {}
         return VLLMEngine.from_path(model.path, **(options | plan.engine_args)), nullcontext()
-    policy, _, _ = load_policy(model, for_training=plan.as_trained)
+    if not on_gpu and model.dtype == "auto" and model.quantize is None:
+        model = model.model_copy(update={"dtype": "float32"})  # as vLLM on CPUs; bfloat16 takes many times as long
+    policy, _, _ = load_policy(model, for_training=plan.stage is not None)
     if model.quantize is None:
         policy = policy.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
-    autocast = torch.autocast("cuda", half_type) if half else nullcontext()
-    return TransformersEngine(policy, tokenizer), autocast
+    engine = TransformersEngine(policy, tokenizer)
+    if dtype is None or dtype == "float32":
+        return engine, nullcontext()
+    return engine, torch.autocast("cuda" if on_gpu else "cpu", getattr(torch, dtype))
 
 
 # ------------------------------------------------------------------------------------------------------- the output

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from siftrl.recipe_checks import check_measured, require_installed
 from siftrl.recipe_sections import Section
 from siftrl.recipe_text import (
     Document,
+    Key,
     RecipeError,
     apply_overrides,
     choose,
@@ -41,25 +42,29 @@ _MADE_BY_SIFTRL = {
     "seed": "--seed",
 }
 """Arguments of vllm.LLM that are set by siftrl, and what to write instead."""
-_OF_DATA = {
-    "split": "data.eval.split",
-    "prompt": "data.prompt",
-    "prompt_template": "data.prompt_template",
-    "chat": "data.chat",
-    "system_prompt": "data.system_prompt",
+_FLAGS = {
+    "model.path": "MODEL",
+    "rewards": "--reward",
+    "data.path": "--data",
+    "data.reasoning_gym": "--data",
+    "data.split": "--split",
+    "data.prompt": "--prompt",
+    "data.prompt_template": "--prompt-template",
+    "data.chat": "--chat",
+    "data.system_prompt": "--system-prompt",
+    "data.limit": "--limit",
 }
-"""Flags that say how `--data` is read, and the key that says so in a recipe."""
-
-_DATA_FLAGS = {"data.path": "--data", "data.reasoning_gym": "--data", "rewards": "--reward"}
-_MODEL_FLAGS = {"model.path": "MODEL", "max_tokens": "--max-tokens"}
+"""The flag that says what a recipe's key says, for messages."""
+_OF_DATA = ("split", "prompt", "prompt_template", "chat", "system_prompt")
+"""Flags that say how `--data` is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Rows to measure on, with their rewards.
 
-    held_out: the rows that `data.eval` holds out of `data`; else `data`'s own.
-    limit: only so many of them. kind: of the stage whose rows they are. flags: whether flags describe them.
+    held_out: the rows that `data.eval` holds out of `data`; else `data`'s own. limit: only so many of them.
+    stage: whose rows they are; None: rows of no recipe. flags: where keys of `data` are said: {"data.path": "--data"}.
     """
 
     name: str
@@ -67,16 +72,20 @@ class Measured:
     rewards: list[RewardConfig]
     held_out: bool = False
     limit: int | None = None
-    kind: Literal["sft", "dpo", "grpo"] = "grpo"
-    flags: bool = False
+    stage: AnyStage | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Literal["sft", "dpo", "grpo"]:
+        return self.stage.kind if self.stage else "grpo"
 
 
 @dataclass(frozen=True, slots=True)
 class EvalPlan:
     """sampling: the fields of `siftrl.rollout.Sampling`. ks: which pass@k to report; []: the powers of 2.
 
-    as_trained: load the model as the trainer does, so that the figures are those that `siftrl train` prints; it then
-    computes in bfloat16 on GPUs, if `bf16`.
+    stage: the recipe's stage whose settings count. The model is then loaded as its trainer loads it, so that the
+    figures are those that `siftrl train` prints.
     """
 
     model: ModelConfig
@@ -88,8 +97,7 @@ class EvalPlan:
     seed: int
     engine: Literal["transformers", "vllm"]
     engine_args: dict[str, Any]
-    as_trained: bool
-    bf16: bool
+    stage: AnyStage | None
     out: Path | None
     json: str | None
 
@@ -173,8 +181,7 @@ def make_plan(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> E
         seed=base.seed if args.seed is None else args.seed,
         engine=engine,
         engine_args=engine_args | _engine_args(args.engine_arg),
-        as_trained=stage is not None,
-        bf16=stage is not None and stage.trainer.get("bf16") is not False,
+        stage=stage,
         out=args.out,
         json=args.json,
     )
@@ -186,15 +193,14 @@ def look_at(plan: EvalPlan) -> list[str]:
     Returns a line for each thing that was not checked. Raises RecipeError that names the flag or the key.
     """
     lines: list[str] = []
+    of_model = {"max_tokens": "--max-tokens"} | ({} if plan.stage else {"model.path": "MODEL"})
+    assert plan.model.path is not None
     for one in plan.sets:
-        data, names = one.data, dict(_MODEL_FLAGS)
-        if one.flags:
-            names |= {f"data.{name}": "--" + name.replace("_", "-") for name in _OF_DATA} | _DATA_FLAGS
-        elif one.held_out:
+        data, names = one.data, of_model | dict(one.flags)
+        if one.held_out:
             data = held_out_alone(data) or data
             if one.data.eval is not None and one.data.eval.path is not None:
                 names |= {"data.path": "data.eval.path", "data.split": "data.eval.split"}
-        assert plan.model.path is not None
         try:
             lines += check_evaluation(
                 plan.model.path, data, one.rewards, names, kind=one.kind, max_tokens=plan.sampling["max_tokens"]
@@ -217,7 +223,7 @@ def _base(args: argparse.Namespace, find_recipe: Callable[[str], Path]) -> _Base
     stage = _stage(recipe, args.stage)
     data, rewards = recipe.data_of(stage), recipe.rewards_of(stage)
     name = "held-out rows" if data.eval else "training rows"
-    measured = Measured(name, data, rewards, data.eval is not None, args.limit, stage.kind)
+    measured = Measured(name, data, rewards, data.eval is not None, args.limit, stage)
     return _Base(_recipe_model(recipe, run, args.stage), measured, rewards, stage, recipe.seed)
 
 
@@ -291,7 +297,8 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
     elif args.data:
         sets = [_data(text, args, base, given) for text in args.data]
     elif base.measured is not None:
-        for name, key in _OF_DATA.items():
+        for name in _OF_DATA:
+            key = "data.eval.split" if name == "split" else f"data.{name}"
             _refuse(args, (name,), f"is for --data; for the recipe's own rows write {key}=...")
         sets = [replace(base.measured, rewards=given or base.measured.rewards)]
     else:
@@ -301,14 +308,20 @@ def _sets(args: argparse.Namespace, base: _Base) -> list[Measured]:
         if names.count(one.name) > 1:
             raise RecipeError(f"{one.name!r} is there twice; name one: NAME={one.name}", "--data")
         if not one.rewards:
-            raise RecipeError(f"{one.name}: nothing says what is right; write --reward exact_match", "--reward")
+            where = "; what training measured of this run is in its summary.json" if base.stage else ""
+            raise RecipeError(f"{one.name}: nothing says what is right: write --reward exact_match{where}", "--reward")
         try:
             check_measured(one.data, one.rewards)
         except RecipeError as error:
-            if one.flags:
-                raise RecipeError(error.problem, "--reward" if error.key[0] == "rewards" else "--data") from None
-            raise RecipeError(f"{args.suite}: {one.name}: {error}" if args.suite else str(error)) from None
+            named = RecipeError(error.problem, *flag_of(error.key, one.flags))
+            raise RecipeError(f"{args.suite}: {one.name}: {named}" if args.suite else str(named)) from None
     return sets
+
+
+def flag_of(key: Key, flags: Mapping[str, str]) -> Key:
+    """The flag of the longest part of the key that has one, or else the key."""
+    found = [flags[dotted(key[:end])] for end in range(len(key), 0, -1) if dotted(key[:end]) in flags]
+    return (found[0],) if found else key
 
 
 def _refuse(args: argparse.Namespace, flags: tuple[str, ...], advice: str) -> None:
@@ -329,7 +342,7 @@ def _data(text: str, args: argparse.Namespace, base: _Base, given: list[RewardCo
     else:
         keys |= {"path": where, "split": args.split or "test"}
     data = _validated(DataConfig, {key: value for key, value in keys.items() if value is not None}, "--data")
-    return Measured(name, data, given or base.rewards or [], flags=True)
+    return Measured(name, data, given or base.rewards or [], flags=_FLAGS)
 
 
 def _suite(args: argparse.Namespace, base: _Base, given: list[RewardConfig]) -> list[Measured]:
@@ -396,11 +409,3 @@ def held_out_alone(data: DataConfig) -> DataConfig | None:
         return None
     seed = gym.seed + 1 if held.seed is None else held.seed
     return data.model_copy(update=own | {"reasoning_gym": gym.model_copy(update={"size": held.size, "seed": seed})})
-
-
-def key_as_flag(key: str) -> str | None:
-    """The flag that sets `data.KEY`: "data.prompt" -> "--prompt"."""
-    name = key.removeprefix("data.")
-    return (
-        "--data" if name in ("path", "reasoning_gym") else f"--{name.replace('_', '-')}" if name in _OF_DATA else None
-    )

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -41,8 +42,8 @@ PATIENCE_SECONDS = 1.0
 """A call that takes longer gets another worker: most rewards never need a second one."""
 GOODBYE_SECONDS = 2.0
 """For a worker at rest to write its files and leave by itself, at the end."""
-_HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-"""How the names begin that launchers write into the environment: a library would wait for the other ranks."""
+_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+")
+"""What launchers write into the environment: a library in a worker would wait for the other ranks."""
 _SET = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "") | dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
 )
@@ -95,7 +96,7 @@ class Worker:
         code = f"import sys; sys.path[:] = {path!r}; from siftrl.reward_process import serve; serve(*sys.argv[1:])"
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", code, str(theirs.fileno()), str(lifeline)],
-            env={name: value for name, value in os.environ.items() if not name.startswith(_HIDDEN)} | _SET,
+            env={name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)} | _SET,
             pass_fds=(theirs.fileno(), lifeline),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -261,7 +262,8 @@ class RewardPool:
             found |= self._late_rows()
             for row, answer in found.items():
                 answers[row] = answer
-            stopped = self.stop and any(isinstance(answer, Fault) for answer in found.values())
+            told = [value for answer in found.values() for value in getattr(answer, "values", [answer])]
+            stopped = self.stop and any(isinstance(value, Fault) for value in told)
             if start + budget + self._starting() < time.monotonic():
                 unreached = Fault(f"was not reached: {num_rows} rows took longer than {budget:g} s")
                 answers = [answer or unreached for answer in answers]
