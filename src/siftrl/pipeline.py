@@ -230,7 +230,7 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         if rollout.engine == "vllm":
             options |= {
                 "vllm_mode": rollout.mode,
-                # scripts/bench_engine_noise.py measured which keeps the gradient of long completions
+                # scripts/engine_noise.py measured which keeps the gradient of long completions
                 "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_gpu_memory_utilization": rollout.gpu_memory_utilization,
                 "vllm_tensor_parallel_size": rollout.tensor_parallel_size,
