@@ -16,7 +16,7 @@ from siftrl.trainers.grpo import GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-import bench_engine_noise
+import engine_noise
 
 
 class NoisyEngine(GRPOTrainer):
@@ -39,7 +39,7 @@ class NoisyEngine(GRPOTrainer):
         return ids, reported
 
 
-@pytest.mark.parametrize("mode", ["sequence_mask", "token_mask", "token_truncate"])
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])
 def test_no_selector_chooses_a_completion_that_the_loss_would_not_count(
     tiny_model: str, sums: Any, tmp_path: Path, mode: str
 ) -> None:
@@ -67,10 +67,10 @@ def test_where_none_has_a_weight_the_step_goes_on_and_says_so(tiny_model: str, s
 
 def test_engine_noise_costs_long_completions_their_weight_unless_it_is_corrected_token_by_token() -> None:
     """The default of recipes stands on this; docs/rollouts.md has the figures."""
-    found = {mode: bench_engine_noise.effect(mode, 0.04, 1024, 512, 3.0, 0) for mode in bench_engine_noise.MODES}
+    found = {mode: engine_noise.effect(mode, 0.04, 1024, 512, 3.0, 0) for mode in engine_noise.MODES}
     masked, mean, share = found["sequence_mask"]
     assert masked > 0.03 and mean < 0.6 and share < 0.5
     assert found["sequence_truncate"][0] == 0 and found["sequence_truncate"][1] < 0.8
     assert found["token_truncate"] == pytest.approx((0, 1, 1), abs=0.01)
     # the weight under the engine that drew the tokens has mean 1 before it is clipped
-    assert bench_engine_noise.effect("sequence_truncate", 0.012, 256, 4096, 1e9, 0)[1] == pytest.approx(1, abs=0.02)
+    assert engine_noise.effect("sequence_truncate", 0.012, 256, 4096, 1e9, 0)[1] == pytest.approx(1, abs=0.02)

@@ -53,7 +53,17 @@ def test_plugins_are_imported_once() -> None:
     "module",
     [
         *("cli", "recipe", "recipe_text", "recipe_checks", "trainer_checks", "plugins", "plugin_source", "schema"),
-        *("plugin_stand_in", "show", "show_rows", "fields", "preflight", "model_files", "data_files", "row_shapes"),
+        *(
+            "plugin_stand_in",
+            "plugin_facts",
+            "show",
+            "show_rows",
+            "fields",
+            "preflight",
+            "model_files",
+            "data_files",
+            "row_shapes",
+        ),
         *("eval_arguments", "eval_plan", "eval_sets"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from siftrl import plugins
+from siftrl import plugin_facts, plugins
 from siftrl.plugins import PluginError
 
 KINDS = [(kind, name) for kind in ("selector", "reward") for name in plugins.names(kind)]
@@ -463,15 +463,15 @@ def test_how_many_prompts_are_drawn_is_read_from_the_source(stand_ins: Path) -> 
         "ImportsInside": None,
         "Opens": 8,
     }.items():
-        assert plugins.num_candidates(f"stand_ins:{name}", {}, 8) == drawn, name
-    assert plugins.num_candidates("stand_ins:Field", {"pool": 3}, 8) == 24
+        assert plugin_facts.num_candidates(f"stand_ins:{name}", {}, 8) == drawn, name
+    assert plugin_facts.num_candidates("stand_ins:Field", {"pool": 3}, 8) == 24
     assert not (stand_ins / "made_by_a_check").exists(), "a check opens no file"
 
 
 def test_the_source_says_of_siftrl_s_own_selectors_what_they_say_themselves() -> None:
     for name in plugins.names("selector"):
         if plugins.find("selector", name).role == "prompt":
-            assert plugins.num_candidates(name, {}, 8) == plugins.load("selector", name).num_candidates(8)
+            assert plugin_facts.num_candidates(name, {}, 8) == plugins.load("selector", name).num_candidates(8)
 
 
 def test_what_a_class_says_of_its_options_counts_before_it_is_imported(stand_ins: Path) -> None:
@@ -482,6 +482,6 @@ def test_what_a_class_says_of_its_options_counts_before_it_is_imported(stand_ins
 
 def test_models_among_the_options_are_found() -> None:
     value = {"value": {"model": "a/model"}}
-    assert plugins.model_paths("selector", "prompt_curriculum", value) == [(("value", "model"), "a/model", True)]
-    assert plugins.model_paths("selector", "prompt_curriculum", {}) == []
-    assert plugins.model_paths("selector", "reducible_loss", {"reference": "x"}) == [(("reference",), "x", False)]
+    assert plugin_facts.model_paths("selector", "prompt_curriculum", value) == [(("value", "model"), "a/model", True)]
+    assert plugin_facts.model_paths("selector", "prompt_curriculum", {}) == []
+    assert plugin_facts.model_paths("selector", "reducible_loss", {"reference": "x"}) == [(("reference",), "x", False)]

@@ -48,6 +48,7 @@ def test_a_real_model_is_measured_trained_by_sft_and_grpo_and_measured_again(tmp
     data = {"path": "gsm8k", "config": "null", "eval.path": "gsm8k", "eval.config": "null", "eval.size": "4"}
     overrides = [f"model.path={MODEL}", *(f"data.{key}={value}" for key, value in data.items()), "output.dir=runs"]
     short = ["stages.sft.trainer.max_steps=2", "stages.grpo.trainer.max_steps=2"]
+    short += ["stages.sft.rows_per_step=4", "stages.sft.micro_batch_size=4"]
     short += ["stages.grpo.prompts_per_step=2", "stages.grpo.completions_per_prompt=4"]
     short += ["stages.grpo.rollout.max_completion_tokens=24", "stages.grpo.prompt_selector.candidates=2"]
 

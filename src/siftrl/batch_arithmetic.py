@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from siftrl import plugins
+from siftrl import plugin_facts
 from siftrl.recipe_text import Key, RecipeError, dotted
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _grpo(stage: GRPOStage, world: int, num_rows: int | None) -> BatchArithmetic
 
 def _proposed(stage: GRPOStage) -> int | None:
     selector, prompts = stage.prompt_selector, stage.prompts_per_step
-    return plugins.num_candidates(selector.name, selector.options, prompts) if selector else prompts
+    return plugin_facts.num_candidates(selector.name, selector.options, prompts) if selector else prompts
 
 
 def _ranks(world: int) -> str:

@@ -230,7 +230,7 @@ def _trainer_options(recipe: Recipe, stage: AnyStage, checkpoints: Path) -> dict
         if rollout.engine == "vllm":
             options |= {
                 "vllm_mode": rollout.mode,
-                # scripts/bench_engine_noise.py measured which keeps the gradient of long completions
+                # scripts/engine_noise.py measured which keeps the gradient of long completions
                 "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_gpu_memory_utilization": rollout.gpu_memory_utilization,
                 "vllm_tensor_parallel_size": rollout.tensor_parallel_size,
@@ -335,16 +335,15 @@ def _settle_turn_end(stage: AnyStage, trainer: Any, tokenizer: Any, data: DataSp
     if isinstance(data.train[0]["prompt"], str):
         return
     if not isinstance(stage, GRPOStage):
-        if (why := end_tokens.stop_at_turn_end(trainer.model, tokenizer)) and distributed.is_main():
-            logger.warning("stage %s: the model learns no token that ends its turns: %s", stage.name, why)
+        if why := end_tokens.stop_at_turn_end(trainer.model, tokenizer):
+            trainer.warn(f"the model learns no token that ends its turns: {why}")
         return
     token = end_tokens.turn_end(tokenizer)
-    if isinstance(token, int) and token not in trainer.eos_token_ids and distributed.is_main():
-        logger.warning(
-            "stage %s: completions do not stop at %s, which ends an assistant's turn in the chat template: it is not "
-            "in eos_token_id of the model's generation_config.json; add it there, or train the model by chat SFT first",
-            stage.name,
-            tokenizer.convert_ids_to_tokens(token),
+    if isinstance(token, int) and token not in trainer.eos_token_ids:
+        trainer.warn(
+            f"completions do not stop at {tokenizer.convert_ids_to_tokens(token)}, which ends an assistant's turn in "
+            "the chat template: it is not in eos_token_id of the model's generation_config.json; add it there, or "
+            "train the model by chat SFT first"
         )
 
 

@@ -15,7 +15,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from siftrl.plugin_source import REALLY_IMPORTED, Module, Names, bases, bound_names, evaluate
+from pydantic import BaseModel
+
+from siftrl.plugin_source import REALLY_IMPORTED, Module, Names, bases, bound_names, evaluate, find_module
+from siftrl.recipe_text import RecipeError
 
 _REFUSED = {"__import__", "breakpoint", "compile", "eval", "exec", "exit", "globals", "input", "open", "print", "quit"}
 
@@ -45,6 +48,38 @@ class StandIn:
         if decorators:
             raise NeedsImport(f"{name} is decorated")
         return types.MethodType(function, self)
+
+
+def stand_in(node: ast.ClassDef, source: Module, values: BaseModel) -> StandIn:
+    """The plugin that these options make, not imported. Raises RecipeError with what its `__post_init__` refuses."""
+    fields = {}
+    for name in type(values).model_fields:
+        value = getattr(values, name)
+        if isinstance(value, BaseModel):
+            try:
+                value = stand_in(*_dataclass_of(value), value)
+            except RecipeError as error:
+                raise RecipeError(error.problem, name, *error.key) from None
+        fields[name] = value
+    made = StandIn(node, source, fields)
+    if has_member(node, source, "__post_init__"):
+        try:
+            made.__post_init__()
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        except Exception:  # it takes an import: `load` will tell
+            pass
+    return made
+
+
+def _dataclass_of(model: BaseModel) -> tuple[ast.ClassDef, Module]:
+    """The dataclass that a nested model stands for, as its source has it."""
+    module, symbol = type(model).__siftrl_origin__  # type: ignore[attr-defined]
+    source = find_module(module)
+    assert source is not None
+    node = source.statements[symbol]
+    assert isinstance(node, ast.ClassDef)
+    return node, source
 
 
 def has_member(node: ast.ClassDef, module: Module, name: str) -> bool:

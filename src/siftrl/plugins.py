@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from siftrl.fields import MODEL, WEIGHTS
 from siftrl.plugin_source import (
     FieldSource,
     Module,
@@ -43,7 +42,7 @@ from siftrl.plugin_source import (
     parse,
     required_parameters,
 )
-from siftrl.plugin_stand_in import StandIn, has_member
+from siftrl.plugin_stand_in import stand_in
 from siftrl.recipe_text import RecipeError, choose, describe_error, near
 from siftrl.reward_columns import TRL_ARGUMENTS
 
@@ -293,7 +292,8 @@ def _nested(source: Module, node: ast.ClassDef) -> type[BaseModel]:
     return model
 
 
-def _validated(kind: Kind, name: str, options: dict[str, Any]) -> BaseModel:
+def validated(kind: Kind, name: str, options: dict[str, Any]) -> BaseModel:
+    """The options as a model, their types and bounds checked; see `validate`."""
     model = option_model(kind, name)
     try:
         # As JSON, where strict mode takes a list for a tuple: YAML has no tuples.
@@ -312,63 +312,20 @@ def validate(kind: Kind, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     What the class's `__post_init__` says of them counts as well, where it runs without an import.
     """
-    values = _validated(kind, name, options)
+    values = validated(kind, name, options)
     plugin = find(kind, name)
     if isinstance(plugin.node, ast.ClassDef) and plugin.source is not None:
-        _stand_in(plugin.node, plugin.source, values)
-    return values.model_dump(mode="json")
-
-
-def _stand_in(node: ast.ClassDef, source: Module, values: BaseModel) -> StandIn:
-    """The plugin that these options make, not imported. Raises PluginError with what its `__post_init__` refuses."""
-    fields = {}
-    for name in type(values).model_fields:
-        value = getattr(values, name)
-        if isinstance(value, BaseModel):
-            try:
-                value = _stand_in(*_dataclass_of(value), value)
-            except PluginError as error:
-                raise PluginError(error.problem, name, *error.key) from None
-        fields[name] = value
-    made = StandIn(node, source, fields)
-    if has_member(node, source, "__post_init__"):
         try:
-            made.__post_init__()
-        except ValueError as error:
-            raise PluginError(str(error)) from None
-        except Exception:  # it takes an import: `load` will tell
-            pass
-    return made
-
-
-def _dataclass_of(model: BaseModel) -> tuple[ast.ClassDef, Module]:
-    """The dataclass that a nested model stands for, as its source has it."""
-    module, symbol = type(model).__siftrl_origin__  # type: ignore[attr-defined]
-    source = find_module(module)
-    assert source is not None
-    node = source.statements[symbol]
-    assert isinstance(node, ast.ClassDef)
-    return node, source
-
-
-def num_candidates(name: str, options: dict[str, Any], keep: int) -> int | None:
-    """How many prompts a prompt selector draws in order to keep `keep`; None where only the object itself can say."""
-    plugin = find("selector", name)
-    if not isinstance(plugin.node, ast.ClassDef) or plugin.source is None:
-        return None
-    if not has_member(plugin.node, plugin.source, "num_candidates"):  # it need not subclass PromptSelector
-        return None
-    try:
-        drawn = _stand_in(plugin.node, plugin.source, _validated("selector", name, options)).num_candidates(keep)
-    except Exception:
-        return None
-    return drawn if isinstance(drawn, int) and not isinstance(drawn, bool) else None
+            stand_in(plugin.node, plugin.source, values)
+        except RecipeError as error:
+            raise PluginError(error.problem, *error.key) from None
+    return values.model_dump(mode="json")
 
 
 def load(kind: Kind, name: str, options: dict[str, Any] | None = None) -> Any:
     """Import a plugin and make it: an instance of its class, or its function with the options bound."""
     plugin = find(kind, name)
-    values = _build_fields(_validated(kind, name, options or {}))
+    values = _build_fields(validated(kind, name, options or {}))
     made: Any = getattr(importlib.import_module(plugin.module), plugin.symbol)
     if inspect.isclass(made):
         try:
@@ -420,30 +377,6 @@ def check(plugin: Any) -> None:
         except ValidationError as error:
             message = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise PluginError(f"{type(plugin).__name__}.{field.name}: {message}, not {value!r}") from None
-
-
-def model_paths(kind: Kind, name: str, options: dict[str, Any]) -> list[tuple[tuple[str, ...], str, bool]]:
-    """The models that a plugin loads with these options, its fields of type `ModelPath` or `WeightsPath`.
-
-    Returns (the option's key, path, whether the model's tokenizer is read, too) of each.
-    """
-    return _model_paths(_validated(kind, name, options))
-
-
-def _model_paths(values: BaseModel) -> list[tuple[tuple[str, ...], str, bool]]:
-    found: list[tuple[tuple[str, ...], str, bool]] = []
-    for name, field in type(values).model_fields.items():
-        value, marks = getattr(values, name), (*field.metadata, *_metadata(field.annotation))
-        if isinstance(value, BaseModel):
-            found += [((name, *key), path, tokenizer) for key, path, tokenizer in _model_paths(value)]
-        elif isinstance(value, str) and (MODEL in marks or WEIGHTS in marks):
-            found.append(((name,), value, MODEL in marks))
-    return found
-
-
-def _metadata(annotation: Any) -> list[Any]:
-    """What the parts of a union are annotated with."""
-    return [each for part in typing.get_args(annotation) for each in getattr(part, "__metadata__", ())]
 
 
 def describe(kind: Kind, name: str) -> tuple[Plugin, tuple[Option, ...]]:

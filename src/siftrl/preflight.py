@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from siftrl import plugins
+from siftrl import plugin_facts, plugins
 from siftrl.batch_arithmetic import batch_arithmetic, kept_rows, world_size
 from siftrl.data_files import head, local_files, read_rows, whole
 from siftrl.model_files import ModelFiles, check_model
@@ -158,7 +158,7 @@ def _check_plugin_models(stage: AnyStage, key: Key, lines: list[str]) -> None:
     for where, section in [*chosen, *zip(stage.batch_selector_keys, stage.batch_selectors, strict=True)]:
         if section is None:
             continue
-        for option, path, tokenizer in plugins.model_paths("selector", section.name, section.options):
+        for option, path, tokenizer in plugin_facts.model_paths("selector", section.name, section.options):
             check_model(path, (*key, *where, *option), lines, tokenizer=tokenizer)
 
 

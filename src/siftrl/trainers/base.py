@@ -51,8 +51,8 @@ class SiftMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         why = precision.rounded_updates(self.model.parameters(), self.args, self._has_float32_masters)
-        if why and distributed.is_main():
-            logger.warning("%s", why)
+        if why and why not in self.health.warnings:  # a second call of `train`, or a resumed run
+            self.warn(why)
         return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     @property

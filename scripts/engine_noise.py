@@ -4,12 +4,12 @@ Simulated: for each token the trainer's log-probability less the engine's is nor
 -s^2 / 2, so that exp of it has mean 1 under the engine that drew the token. s follows from the mean absolute gap that
 `sampling/sampling_logp_difference/mean` shows. The corrections are the trainers' own (`siftrl.policy`).
 
-    python scripts/bench_engine_noise.py --gaps 0.012 0.04 --lengths 256 1024 4096
+    python scripts/engine_noise.py --gaps 0.012 0.04 --lengths 256 1024 4096
 
 `measure` looks at real gaps: a model in bfloat16 draws completions, and is compared with itself as it is trained, with
 float32 weights under bfloat16 autocast.
 
-    python scripts/bench_engine_noise.py measure models/SmolLM2-135M-Instruct
+    python scripts/engine_noise.py measure models/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
