@@ -13,10 +13,9 @@ from conftest import digit_share, grpo_args
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from siftrl import pipeline
-from siftrl.data import DataSplits
-from siftrl.end_tokens import end_tokens, stop_at_turn_end, turn_end, without_generation_config
+from siftrl.end_tokens import end_tokens, settle_turn_end, stop_at_turn_end, turn_end, without_generation_config
 from siftrl.evaluate import evaluate
-from siftrl.recipe import GRPOStage, SFTStage, load_recipe
+from siftrl.recipe import load_recipe
 from siftrl.rollout import RolloutOptions, Sampling, TransformersEngine, row_seeds
 from siftrl.trainers.grpo import GRPOTrainer
 
@@ -59,12 +58,8 @@ def test_the_turns_end_is_read_off_the_chat_template(tokenizer: Any) -> None:
     assert "does not render" in str(turn_end(ends_with(tokenizer, "raise_exception('no user')")))
 
 
-def stage(kind: Any, **keys: Any) -> Any:
-    return kind.model_validate({"kind": "sft" if kind is SFTStage else "grpo", **keys})
-
-
 class Bare:
-    """What the pipeline settles the turn's end on: a trainer with its model."""
+    """What the turn's end is settled on: a trainer with its model."""
 
     def __init__(self, model: Any, eos_token_ids: list[int]) -> None:
         self.model, self.eos_token_ids = model, eos_token_ids
@@ -74,26 +69,17 @@ class Bare:
         self.said.append(text)
 
 
-def chat(prompt: Any) -> DataSplits:
-    from datasets import Dataset
-
-    return DataSplits(Dataset.from_dict({"prompt": [prompt]}), None, {})
-
-
 def test_a_stage_of_conversations_settles_the_turns_end(model: Any, tokenizer: Any) -> None:
     eos, own = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|system|>")
     trainer = Bare(model, [eos])
-    user = [{"role": "user", "content": "1+1"}]
     ends_with(tokenizer, "'<|system|>'")
-    pipeline._settle_turn_end(stage(SFTStage), trainer, tokenizer, chat("1+1="))
-    assert model.generation_config.eos_token_id == eos and not trainer.said  # plain text has no turns
-    pipeline._settle_turn_end(stage(GRPOStage), trainer, tokenizer, chat(user))
+    settle_turn_end(trainer, tokenizer, learns=False)
     assert trainer.said.pop().startswith("completions do not stop at <|system|>")
     assert model.generation_config.eos_token_id == eos
-    pipeline._settle_turn_end(stage(SFTStage), trainer, tokenizer, chat(user))
+    settle_turn_end(trainer, tokenizer, learns=True)
     assert model.generation_config.eos_token_id == [eos, own] and not trainer.said
     ends_with(tokenizer, "'\\n'")
-    pipeline._settle_turn_end(stage(SFTStage), trainer, tokenizer, chat(user))
+    settle_turn_end(trainer, tokenizer, learns=True)
     assert "learns no token that ends its turns: the chat template writes nothing" in trainer.said.pop()
 
 
@@ -166,9 +152,9 @@ def test_trls_own_rollouts_take_none_either(tiny_model: str, tmp_path: Path, sum
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {}])
+@pytest.mark.parametrize(("chat", "lora"), [(True, None), (True, {}), (False, None)])
 def test_after_chat_sft_of_a_base_model_the_saved_model_stops_at_the_turns_end(
-    tiny_model: str, tmp_path: Path, tokenizer: Any, lora: Any
+    tiny_model: str, tmp_path: Path, tokenizer: Any, chat: bool, lora: Any
 ) -> None:
     start = tmp_path / "base"
     shutil.copytree(tiny_model, start)
@@ -178,9 +164,9 @@ def test_after_chat_sft_of_a_base_model_the_saved_model_stops_at_the_turns_end(
         "name": "run",
         "output": {"dir": str(tmp_path)},
         "model": {"path": str(start), "lora": lora},
-        "data": {"path": str(tmp_path / "rows.jsonl"), "chat": True},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "chat": chat},
         "stages": [{"kind": "sft", "rows_per_step": 8, "trainer": {"max_steps": 1, "disable_tqdm": True}}],
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     pipeline.run_recipe(load_recipe(tmp_path / "r.yaml", []))
-    assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == [1, 3]
+    assert GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id == ([1, 3] if chat else [1])

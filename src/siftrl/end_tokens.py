@@ -53,6 +53,21 @@ def stop_at_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return None
 
 
+def settle_turn_end(trainer: Any, tokenizer: PreTrainedTokenizerBase, *, learns: bool) -> None:
+    """For a stage of conversations. learns: whether the model is shown whole ones (SFT, DPO), and so the turn's end."""
+    if learns:
+        if why := stop_at_turn_end(trainer.model, tokenizer):
+            trainer.warn(f"the model learns no token that ends its turns: {why}")
+        return
+    token = turn_end(tokenizer)
+    if isinstance(token, int) and token not in trainer.eos_token_ids:
+        trainer.warn(
+            f"completions do not stop at {tokenizer.convert_ids_to_tokens(token)}, which ends an assistant's turn in "
+            "the chat template: it is not in eos_token_id of the model's generation_config.json; add it there, or "
+            "train the model by chat SFT first"
+        )
+
+
 @contextmanager
 def without_generation_config(model: Any) -> Iterator[None]:
     """`model.generate` fills what its caller leaves open from the checkpoint's generation settings: here from none."""

@@ -139,7 +139,8 @@ def _run_stage(recipe: Recipe, stage: AnyStage, model: ModelConfig, done: Path, 
         raise RuntimeError(
             f"the launcher started {distributed.world_size()} processes, but the trainer sees {trainer.args.world_size}"
         )
-    _settle_turn_end(stage, trainer, tokenizer, data)
+    if not isinstance(data.train[0]["prompt"], str):
+        end_tokens.settle_turn_end(trainer, tokenizer, learns=not isinstance(stage, GRPOStage))
     if model.quantize is not None and not trainer.is_deepspeed_enabled:
         precision.adapters_in_float32(trainer.model)
     trainer.remove_callback(ProgressCallback)
@@ -328,23 +329,6 @@ def _row_trainer(
         recorder=recorder,
         **selection,
     )
-
-
-def _settle_turn_end(stage: AnyStage, trainer: Any, tokenizer: Any, data: DataSplits) -> None:
-    """A model that learns conversations gets the end token that its chat template ends an assistant's turn with."""
-    if isinstance(data.train[0]["prompt"], str):
-        return
-    if not isinstance(stage, GRPOStage):
-        if why := end_tokens.stop_at_turn_end(trainer.model, tokenizer):
-            trainer.warn(f"the model learns no token that ends its turns: {why}")
-        return
-    token = end_tokens.turn_end(tokenizer)
-    if isinstance(token, int) and token not in trainer.eos_token_ids:
-        trainer.warn(
-            f"completions do not stop at {tokenizer.convert_ids_to_tokens(token)}, which ends an assistant's turn in "
-            "the chat template: it is not in eos_token_id of the model's generation_config.json; add it there, or "
-            "train the model by chat SFT first"
-        )
 
 
 def _selection_options(recipe: Recipe, stage: AnyStage) -> dict[str, Any]:
