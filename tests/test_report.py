@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,3 +19,14 @@ def test_the_bar_does_not_say_how_much_worse_than_a_constant(explained: float, s
     bar.on_log(None, None, None, {"loss": 0.1, "prompts/explained_variance": explained})
     bar.on_log(None, None, None, {"loss": 0.1})
     assert seen == [{"loss": "0.1", "EV": shown}, {"loss": "0.1"}]
+
+
+def test_warnings_stand_above_the_bar_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    progress: Any = Progress("grpo")
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=1)
+    progress.on_train_begin(None, state, None)
+    logging.getLogger("siftrl.trainers.base").warning("nothing was %s", "learned")
+    progress.on_train_end(None, state, None)
+    assert "warning: nothing was learned\n" in capsys.readouterr().err
+    logging.getLogger("siftrl.trainers.base").warning("after it")
+    assert "warning: after it" not in capsys.readouterr().err

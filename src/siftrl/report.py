@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,13 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     say(f"model:   {folder / 'model'}\nrecords: {folder}/metrics.jsonl, selection.jsonl, samples.jsonl, summary.json")
 
 
+class _AboveTheBar(logging.Handler):
+    """Warnings on lines of their own while a bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
 class Progress(TrainerCallback):
     """One bar a stage, with the figures one watches; everything else is in metrics.jsonl."""
 
@@ -66,10 +75,12 @@ class Progress(TrainerCallback):
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.bar: Any = None
+        self.above = _AboveTheBar(logging.WARNING)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", leave=True)
+            logging.getLogger("siftrl").addHandler(self.above)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -85,3 +96,4 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+            logging.getLogger("siftrl").removeHandler(self.above)
