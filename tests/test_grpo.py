@@ -15,7 +15,8 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from siftrl import plugins
 from siftrl.rollout import RolloutOptions, free_memory
 from siftrl.trainers import rows as row_ops
-from siftrl.trainers.grpo import EpochRepeatSampler, GRPOTrainer
+from siftrl.trainers.epoch_order import EpochRepeatSampler
+from siftrl.trainers.grpo import GRPOTrainer
 from siftrl.types import Candidates, PromptSelector, Selection
 
 

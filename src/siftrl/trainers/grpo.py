@@ -10,19 +10,16 @@ Without a selector every hook below hands over to TRL unchanged, and the losses 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler
 
 from siftrl import calibration, distributed, lengths, plugins, policy, state, value
 from siftrl.batch_selection import Chain
@@ -35,29 +32,10 @@ from siftrl.run import Recorder
 from siftrl.selection_checks import check_accepted, check_selection
 from siftrl.trainers import rows as row_ops
 from siftrl.trainers.base import SiftMixin
+from siftrl.trainers.epoch_order import EpochRepeatSampler, EpochTeller
 from siftrl.trainers.rollouts import RolloutsMixin
 from siftrl.trainers.selected_completions import ROW, SelectedCompletionsMixin
 from siftrl.types import BatchSelector, Candidates, PromptSelector, Selection
-
-
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler, with an epoch's order known from its number: a resumed run sees the order it would have had.
-
-    TRL's own draws epoch e's order with the e-th call of its generator, so a run resumed in epoch 1 sees epoch 0's.
-    """
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed)
-            for _ in range(self.epoch):
-                torch.randperm(self.num_samples, generator=self.generator)
-        self.epoch += 1
-        yield from super().__iter__()
 
 
 class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTrainer):
@@ -150,7 +128,7 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         if self.chain or skip_zero_advantage:
             rows = scoring_batch_size or wanted.per_device_train_batch_size
             self._set_up_rows(source_column, rows, parts, max_overhead)
-        self.add_callback(_EpochTeller(self))
+        self.add_callback(EpochTeller(self))
 
     def _build_vllm(self, **kwargs: Any) -> ColocatedVLLM:
         precision = kwargs["accelerator"].mixed_precision  # vLLM's own choice for float32 weights is float16
@@ -489,14 +467,3 @@ class GRPOTrainer(RolloutsMixin, SelectedCompletionsMixin, SiftMixin, TRLGRPOTra
         if "rollouts_under_way" in saved:
             self._buffered_inputs = send_to_device(saved["rollouts_under_way"], self.accelerator.device)
         load_reward_states(self.reward_funcs, saved.get("rewards", {}))
-
-
-class _EpochTeller(TrainerCallback):
-    """Tells the sampler which epoch begins; a resumed loop begins in the middle of a later one."""
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._train_sampler is not None:
-            self.trainer._train_sampler.set_epoch(int(state.epoch + 1e-6))
