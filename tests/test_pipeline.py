@@ -42,7 +42,7 @@ RECIPE: dict[str, Any] = {
             "name": "warmup",
             "rows_per_step": 16,
             "micro_batch_size": 16,
-            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False, "max_length": 6},
+            "trainer": {"max_steps": 6, "learning_rate": 1e-3, "gradient_checkpointing": False, "max_length": 8},
         },
         {
             "kind": "grpo",
