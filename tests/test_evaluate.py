@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from transformers import TrainerState
 
 from siftrl.data import load_data
 from siftrl.evaluate import EvalReport, evaluate, pass_at_k, score, summarise
@@ -66,6 +67,16 @@ def test_score_sums_as_trl_does() -> None:
     totals = score([some, length, digits], [2.0, 1.0, 0.5], ["p"] * 2, ["x", "12"], {"bonus": [9.0, 10.0]})
     assert totals.tolist() == [0.0, 22.5]
     assert score([some, length], [2.0, 1.0], ["p"] * 2, ["x", "12"], {"bonus": [9.0, 10.0]})[0].isnan()
+
+
+def test_rewards_see_the_state_of_the_training() -> None:
+    """One that grows stricter with the steps is measured as strictly as it trains; before a training, at its start."""
+
+    def step(completions: list[str], trainer_state: TrainerState, **columns: Any) -> list[float | None]:
+        return [float(trainer_state.global_step)] * len(completions)
+
+    assert score([step], [1.0], ["p"], ["x"], {}).tolist() == [0.0]
+    assert score([step], [1.0], ["p"], ["x"], {}, trainer_state=TrainerState(global_step=7)).tolist() == [7.0]
 
 
 def test_report_figures_by_hand() -> None:

@@ -22,6 +22,7 @@ from siftrl.cells import read_dataset, with_whole_numbers
 from siftrl.data_files import FORMATS, is_saved, local_files, split_names, whole
 from siftrl.gym_rows import make_rows
 from siftrl.recipe_text import near
+from siftrl.reward_columns import TRL_ARGUMENTS
 from siftrl.row_encoding import Measured, measure
 from siftrl.row_limits import NO_LIMITS, RowLimits
 from siftrl.row_shapes import COMPLETIONS, Kind, Prompt, columns_needed, fill, shape_row, template_columns
@@ -29,10 +30,6 @@ from siftrl.row_shapes import COMPLETIONS, Kind, Prompt, columns_needed, fill, s
 if TYPE_CHECKING:
     from siftrl.recipe import DataConfig, EvalDataConfig
 
-_REWARD_ARGUMENTS = {
-    *("prompts", "completions", "completion_ids"),
-    *("trainer_state", "log_extra", "log_metric", "environments"),
-}
 # columns that change what TRL takes a data set for; models of text only are trained here
 _TRL_COLUMNS: dict[Kind, set[str]] = {
     "grpo": {"image", "images"},
@@ -321,7 +318,7 @@ def _columns_read(rows: Dataset, data: DataConfig, kind: Kind) -> list[str]:
 
 def _check_columns(rows: Dataset, data: DataConfig, kind: Kind) -> None:
     columns = rows.column_names
-    if kind == "grpo" and (clash := sorted(_REWARD_ARGUMENTS & set(columns))):
+    if kind == "grpo" and (clash := sorted(TRL_ARGUMENTS & set(columns))):
         raise ValueError(
             f"data: column {clash[0]!r} has the name of an argument that the trainer gives to rewards; "
             f"rename it in the file, for example to 'row_{clash[0]}'"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from siftrl import distributed
 from siftrl.reward_guard import check_finite
@@ -126,14 +126,17 @@ def score(
     completions: list[Any],
     columns: dict[str, list[Any]],
     completion_ids: list[list[int]] | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> Tensor:
     """Weighted sum of the rewards of m completions, as TRL's GRPO trainer sums them: float [m].
 
     A missing reward counts as 0 beside others; NaN where every reward is missing.
+    trainer_state: what rewards see of the training; None: that of one which has not begun.
     """
     weight = torch.tensor(list(weights), dtype=torch.float32)
     arguments: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     arguments |= columns | {"log_metric": lambda name, value: None, "log_extra": lambda column, values: None}
+    arguments["trainer_state"] = trainer_state or TrainerState()
     scores = []
     for reward in rewards:
         values = reward(**arguments)
@@ -165,6 +168,7 @@ def evaluate(
     threshold: float = 1.0,
     tokenize: Callable[[list[Prompt]], list[list[int]]] | None = None,
     progress: bool = True,
+    trainer_state: TrainerState | None = None,
 ) -> EvalReport:
     """Generate `samples` completions for each row of `dataset` (shaped by `siftrl.data`) and score them.
 
@@ -175,6 +179,7 @@ def evaluate(
         sampling: temperature 0 is greedy.
         batch_size: completions generated at once.
         tokenize: prompts to token ids; default: as the trainers do it.
+        trainer_state: see `score`.
     """
     prompts: list[Prompt] = dataset["prompt"][:] if len(dataset) else []
     prompt_ids = (tokenize or (lambda texts: encode_prompts(texts, tokenizer)))(prompts) if prompts else []
@@ -201,6 +206,7 @@ def evaluate(
             [_as_completion(prompts[row], texts[job]) for row, job in zip(rows, batch, strict=True)],
             {name: _cells(name, cells[name]) for name in columns},
             [ids[job] for job in batch],
+            trainer_state,
         )
     ended = [bool(row) and row[-1] in engine.eos_ids for row in ids]
     shape = (len(prompts), samples)

@@ -41,7 +41,8 @@ def measurement(recipe: Recipe, stage: AnyStage, trainer: Any, rows: Dataset, to
         rewards, weights = load_rewards(recipe.rewards_of(stage))
         try:
             with policy_engine(trainer, tokenizer) as engine:
-                return loss | evaluate_on_ranks(engine, tokenizer, rows, rewards, weights, sampling, **options)
+                given = options | {"trainer_state": trainer.state}
+                return loss | evaluate_on_ranks(engine, tokenizer, rows, rewards, weights, sampling, **given)
         finally:
             close_rewards(rewards)
 

@@ -216,4 +216,5 @@ class RolloutsMixin:
                 seed=seed,
                 tokenize=lambda prompts: self._tokenize_prompts(prompts)[0],
                 progress=distributed.is_main() and not self.args.disable_tqdm,
+                trainer_state=self.state,
             )
