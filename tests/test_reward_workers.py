@@ -41,7 +41,8 @@ def in_worker(name: str, **keys: Any) -> Any:
 
 
 def processes() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if any("reward_process" in part for part in child.cmdline())]
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if any("reward_process" in part for part in child.cmdline())]
 
 
 def is_gone(pid: int) -> bool:
@@ -139,10 +140,14 @@ def test_a_call_may_take_longer_the_more_rows_it_has() -> None:
 
 
 def test_the_users_interrupt_stays_one_and_the_next_call_gets_its_own_answer(rows: Any) -> None:
-    # in pytest's process SIGINT raises KeyboardInterrupt, as at the second Ctrl-C of a run
+    # SIGINT raises KeyboardInterrupt, as at the second Ctrl-C of a run; an engine of another test may have changed that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        rows(["7", "hang"])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rows(["7", "hang"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert rows(["1", "2"]) == [1.0, 2.0]
 
 
@@ -410,7 +415,15 @@ def test_a_run_that_a_reward_ends_has_failed_and_says_why(tiny_model: str, tmp_p
         "model": {"path": tiny_model},
         "data": {"path": "rows.jsonl", "eval": {"size": 4}},
         "rewards": ["my_rewards:leaves"],
-        "stages": [{"kind": "grpo", "prompts_per_step": 2, "completions_per_prompt": 4, "eval": {}}],
+        "stages": [
+            {
+                "kind": "grpo",
+                "prompts_per_step": 2,
+                "completions_per_prompt": 4,
+                "rollout": {"max_completion_tokens": 8},
+                "eval": {},
+            }
+        ],
     }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     done = run_command([sys.executable, "-m", "siftrl", "train", "r.yaml"], cwd=tmp_path, grace=5)
