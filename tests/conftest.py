@@ -18,6 +18,8 @@ import pytest
 
 ENVIRONMENT = dict(os.environ)
 """For processes that tests start: an engine in this process would leave its ranks and ports in theirs."""
+REAL_DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""GSM8K, MAWPS, SVAMP and ASDiv as their authors' files are, which are not part of the project; tests skip without."""
 
 
 @pytest.hookimpl(wrapper=True)

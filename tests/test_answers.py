@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REAL_DATA
 
 from siftrl.plugins import load
-
-FILES = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def verdict(completion: str, gold: Any, **options: Any) -> float | None:
@@ -336,7 +333,7 @@ def test_exact_match_compares_numbers_by_value() -> None:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    file = FILES / name
+    file = REAL_DATA / name
     if not file.is_file():
         pytest.skip(f"{file} is not here; SIFTRL_TEST_DATA names the folder of such files")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

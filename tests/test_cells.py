@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from conftest import REAL_DATA
 from datasets import Dataset, Features, Value
 
 from siftrl import plugins
@@ -18,7 +18,6 @@ from siftrl.models import character_tokenizer
 from siftrl.recipe import DataConfig
 
 TOKENIZER = character_tokenizer()
-FILES = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MIXED: list[dict[str, Any]] = [
     {"q": "a", "text": "43", "deep": {"a": 1}, "day": "2020-01-01", "yes": True, "big": 2**70, "number": 18},
     {"q": "b", "text": 43, "deep": {"b": [1, {"c": None}]}, "day": "x", "yes": None, "big": 1, "number": 2.5},
@@ -140,19 +139,21 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert rows["answer"][:] == ["007", "43.0", "2020-01-01"] and rows.column_names == ["question", "answer"]
 
 
-@pytest.mark.skipif(not FILES.is_dir(), reason=f"no real data in {FILES}; SIFTRL_TEST_DATA names another folder")
+@pytest.mark.skipif(
+    not REAL_DATA.is_dir(), reason=f"no real data in {REAL_DATA}; SIFTRL_TEST_DATA names another folder"
+)
 def test_real_files_arrive_as_they_are() -> None:
     """All cells of GSM8K, MAWPS, SVAMP and ASDiv; each folder by its splits."""
     sizes = {("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("mawps", "test"): 2065}
     for (name, split), size in (sizes | {("svamp", "test"): 1000, ("asdiv", "test"): 2215}).items():
-        rows = load_rows(str(FILES / name), split=split)
-        written = [json.loads(line) for line in (FILES / name / f"{split}.jsonl").read_text().splitlines()]
+        rows = load_rows(str(REAL_DATA / name), split=split)
+        written = [json.loads(line) for line in (REAL_DATA / name / f"{split}.jsonl").read_text().splitlines()]
         assert len(rows) == size and list(rows) == written
-    assert load_rows(str(FILES / "mawps"), split="test")["target"][:2] == [43, 26]
-    answers = load_rows(str(FILES / "svamp"), split="test")["Answer"][:]
+    assert load_rows(str(REAL_DATA / "mawps"), split="test")["target"][:2] == [43, 26]
+    answers = load_rows(str(REAL_DATA / "svamp"), split="test")["Answer"][:]
     assert all(isinstance(answer, int) for answer in answers)
     with pytest.raises(ValueError, match="data.split: no file in .*mawps is named after the split 'train'"):
-        load_rows(str(FILES / "mawps"))
+        load_rows(str(REAL_DATA / "mawps"))
 
 
 @pytest.mark.slow

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from conftest import REAL_DATA
 
 from siftrl import cli
 from siftrl.data import load_data
 from siftrl.models import load_tokenizer, save_scratch_model
 from siftrl.recipe import DataConfig, ModelConfig, ScratchConfig
-
-DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +94,9 @@ def test_what_the_model_cannot_read_names_the_flag(tiny_model: str, capsys: pyte
 
 def test_word_problems_of_four_forms_in_one_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """GSM8K, MAWPS, SVAMP and ASDiv as their authors' files are, each with its own columns."""
-    if not DATA.is_dir():
-        pytest.skip(f"{DATA} is not there: the data sets are not part of the project")
-    letters = "".join(sorted({letter for path in DATA.glob("*/test.jsonl") for letter in path.read_text()}))
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"{REAL_DATA} is not there: the data sets are not part of the project")
+    letters = "".join(sorted({letter for path in REAL_DATA.glob("*/test.jsonl") for letter in path.read_text()}))
     sizes = ScratchConfig(
         hidden_size=32, num_layers=1, num_heads=2, max_positions=2048, alphabet=letters + "é–—’“”£€°½"
     )
@@ -114,7 +112,7 @@ def test_word_problems_of_four_forms_in_one_command(home: Path, capsys: pytest.C
         "asdiv": ('prompt_template: "{body} {question}"', "answer"),
     }
     lines = [
-        f"  - {{name: {name}, path: {DATA}/{name}/test.jsonl, {prompt}, rewards: "
+        f"  - {{name: {name}, path: {REAL_DATA}/{name}/test.jsonl, {prompt}, rewards: "
         f"[{{name: 'my:gold', options: {{column: {column}}}}}]}}"
         for name, (prompt, column) in entries.items()
     ]

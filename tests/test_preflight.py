@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import REAL_DATA
 
 from siftrl import cli
 from siftrl.preflight import HEAD_ROWS, check_evaluation, check_files, load_checked
@@ -530,13 +530,10 @@ def test_rows_are_shown_with_the_verdict_on_their_answers(here: Path, capsys: py
     assert lines[6:8] == ["row 1", "  prompt: '1+1='"] and lines[-1].startswith("  answered '<think>")
 
 
-DATA = Path(os.environ.get("SIFTRL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no data in {DATA} (SIFTRL_TEST_DATA)")
+@pytest.mark.skipif(not (REAL_DATA / "gsm8k").is_dir(), reason=f"no data in {REAL_DATA} (SIFTRL_TEST_DATA)")
 def test_a_wrong_reading_of_gsm8k_shows_in_its_first_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("math_verify")
-    data = {"path": str(DATA / "gsm8k" / "test.jsonl"), "prompt": "question", "chat": True}
+    data = {"path": str(REAL_DATA / "gsm8k" / "test.jsonl"), "prompt": "question", "chat": True}
     math = {"name": "math_verify", "options": {"gold": "#### (.*)", "tag": "answer"}}
     lines = shown(write_recipe(here, rewards=[math], data=data), 3, capsys)
     assert [line for line in lines if line.startswith("  answered")] == [
