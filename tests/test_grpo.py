@@ -43,6 +43,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_without_a_selector_losses_are_trls_bit_for_bit(
     tiny_model: str, sums: Any, tmp_path: Path, loss_type: str
@@ -60,6 +61,7 @@ def test_without_a_selector_losses_are_trls_bit_for_bit(
     assert not (tmp_path / "ours" / "selection.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "prompt_curriculum", "posterior_sampling", "difficulty_pools", "uniform"])
 def test_resuming_inside_the_second_epoch_sees_the_prompts_of_an_uninterrupted_run(
     tiny_model: str, sums: Any, tmp_path: Path, name: str | None
@@ -95,6 +97,7 @@ def test_resuming_inside_the_second_epoch_sees_the_prompts_of_an_uninterrupted_r
         assert all(torch.equal(a, b) for a, b in weights)
 
 
+@pytest.mark.slow
 def test_resuming_between_the_optimizer_steps_of_one_rollout(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     """2 optimizer steps x 2 iterations a rollout: step 3 of 4 must go on with the rollouts of step 1."""
 
@@ -135,6 +138,7 @@ def test_epoch_order_is_trls_and_known_from_the_epoch_alone() -> None:
     assert list(jumped) == epochs[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prompt_curriculum", "uniform", "posterior_sampling", "difficulty_pools"])
 def test_every_step_trains_on_what_the_audit_log_says(tiny_model: str, sums: Any, tmp_path: Path, name: str) -> None:
     seen = Seen()
@@ -260,6 +264,7 @@ def test_too_few_rows_are_named_before_training(tiny_model: str, sums: Any, tmp_
         )
 
 
+@pytest.mark.slow
 def test_resuming_with_another_selector_is_refused(tiny_model: str, sums: Any, tmp_path: Path) -> None:
     args = grpo_args(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     GRPOTrainer(model=tiny_model, reward_funcs=digit_share, args=args, train_dataset=sums).train()
