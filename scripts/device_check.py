@@ -3,9 +3,9 @@
     python scripts/device_check.py --model models/SmolLM2-135M-Instruct --out device-check
     python scripts/device_check.py --model models/SmolLM2-135M-Instruct --out device-check --only eval-vllm top-p
 
-It takes some 8 minutes on one GPU. Each check trains for 2 steps on sums that it writes itself, so nothing is
-downloaded; it runs without a GPU as well, slowly, on vLLM for CPUs. What a check printed is in OUT/NAME.log, its run in
-OUT/NAME. Exit code 1 where one failed.
+Each check trains for 2 steps on sums that the script writes itself, so nothing is downloaded; it runs without a GPU as
+well, slowly, on vLLM for CPUs. What a check printed is in OUT/NAME.log, its run in OUT/NAME. Exit code 1 where one
+failed.
 """
 
 from __future__ import annotations

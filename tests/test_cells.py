@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import REAL_DATA
+from conftest import REAL_DATA, write_rows
 from datasets import Dataset, Features, Value
 
 from siftrl import plugins
@@ -25,26 +25,18 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def test_a_data_set_gives_back_what_json_loads_gives(tmp_path: Path) -> None:
-    rows = read_dataset([Path(write(tmp_path / "rows.jsonl", MIXED))])
+    rows = read_dataset([Path(write_rows(tmp_path / "rows.jsonl", MIXED))])
     assert list(rows) == MIXED and rows[1]["deep"] == {"b": [1, {"c": None}]}
     assert [type(value) for value in rows["text"][:]] == [str, int, type(None)]
     assert rows.features["q"] == Value("string") and rows.features["yes"] == Value("bool")
 
 
 def test_values_survive_map_filter_select_and_disk(tmp_path: Path) -> None:
-    rows = read_dataset([Path(write(tmp_path / "rows.jsonl", MIXED))])
+    rows = read_dataset([Path(write_rows(tmp_path / "rows.jsonl", MIXED))])
 
     def marked(row: Any) -> Any:
         row["text"], row["mark"] = row["text"], 1  # read, and given back
@@ -69,7 +61,7 @@ def test_values_survive_map_filter_select_and_disk(tmp_path: Path) -> None:
 def test_changed_files_are_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for number in (1, 2):
-        assert load_rows(write(path, [{"a": number}]))["a"][:] == [number]
+        assert load_rows(write_rows(path, [{"a": number}]))["a"][:] == [number]
     assert len(list((tmp_path / "cache" / "siftrl").iterdir())) == 2  # and no half-written file
 
 
@@ -82,7 +74,7 @@ def test_half_a_character_is_named_with_its_column(tmp_path: Path) -> None:
 
 
 def test_rows_that_lack_a_column_have_none_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"a": 1}, {"b": [2, "x"]}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"a": 1}, {"b": [2, "x"]}])
     assert list(load_rows(path)) == [{"a": 1, "b": None}, {"a": None, "b": [2, "x"]}]
 
 
@@ -113,7 +105,7 @@ def test_targets_and_golds_are_what_is_written(tmp_path: Path, answers: list[Any
     rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers)]
     path = tmp_path / f"rows.{form}"
     if form == "jsonl":
-        write(path, rows)
+        write_rows(path, rows)
     elif form == "json":
         path.write_text(json.dumps(rows))
     else:
@@ -173,7 +165,7 @@ def test_rewards_get_what_json_loads_gives(tmp_path: Path, tiny_model: str) -> N
             seen[prompt] = {name: columns[name][i] for name in rows[0] if name != "q"}
         return [float(len(text)) for text in completions]
 
-    data = load_data(DataConfig(path=write(tmp_path / "rows.jsonl", rows), prompt="q"), "grpo", TOKENIZER).train
+    data = load_data(DataConfig(path=write_rows(tmp_path / "rows.jsonl", rows), prompt="q"), "grpo", TOKENIZER).train
     options: dict[str, Any] = {"batch_selector": UniformRows(), "keep": 0.5}
     GRPOTrainer(
         model=tiny_model,

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import write_rows
 
 from siftrl.data import load_data, load_rows
 from siftrl.gym_rows import decode, encode, make_rows, score
@@ -17,15 +18,7 @@ TOKENIZER = character_tokenizer()
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "source": "sums"} for a in range(4) for b in range(5)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def config(**keys: Any) -> DataConfig:
@@ -48,13 +41,13 @@ def load(data: DataConfig, kind: Any = "grpo", tokenizer: Any = TOKENIZER) -> An
 def test_all_local_formats_give_the_same_rows(tmp_path: Path) -> None:
     stored = datasets.Dataset.from_list(ROWS)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    write(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     stored.to_csv(tmp_path / "rows.csv")
     stored.to_parquet(tmp_path / "rows.parquet")
     stored.save_to_disk(tmp_path / "saved")
     (tmp_path / "folder").mkdir()
-    write(tmp_path / "folder" / "a.jsonl", ROWS[:7])
-    write(tmp_path / "folder" / "b.jsonl", ROWS[7:])
+    write_rows(tmp_path / "folder" / "a.jsonl", ROWS[:7])
+    write_rows(tmp_path / "folder" / "b.jsonl", ROWS[7:])
     names = ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet", "saved", "folder", "folder/*.jsonl"]
     for name in names:
         assert load(config(path=str(tmp_path / name))).train.to_list() == ROWS, name
@@ -66,7 +59,7 @@ def test_csv_cells_stay_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_local_file_serves_any_split_name_and_slices(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert len(load_rows(path, split="test")) == 20
     assert len(load_rows(path, split="train[:10%]")) == 2
     with pytest.raises(ValueError, match="data.split: 'train.x.': Unrecognized"):
@@ -76,7 +69,7 @@ def test_a_local_file_serves_any_split_name_and_slices(tmp_path: Path) -> None:
 def test_splits_of_folders_and_saved_sets_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     for name, rows in (("train", ROWS[:8]), ("test", ROWS[8:12])):
-        write(tmp_path / "files" / f"{name}.jsonl", rows)
+        write_rows(tmp_path / "files" / f"{name}.jsonl", rows)
     saved = {name: load_rows(str(tmp_path / "files" / f"{name}.jsonl")) for name in ("train", "test")}
     datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
     for folder in ("files", "saved"):
@@ -115,7 +108,7 @@ def test_unknown_hub_name_is_a_one_line_error() -> None:
 def test_folder_without_rows_and_folder_of_two_kinds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no .json"):
         load(config(path=str(tmp_path)))
-    write(tmp_path / "a.jsonl", ROWS)
+    write_rows(tmp_path / "a.jsonl", ROWS)
     datasets.Dataset.from_list(ROWS).to_csv(tmp_path / "b.csv")
     with pytest.raises(ValueError, match="several kinds"):
         load(config(path=str(tmp_path)))
@@ -125,7 +118,7 @@ def test_folder_without_rows_and_folder_of_two_kinds(tmp_path: Path) -> None:
 
 
 def test_missing_columns_name_those_that_are_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="data.prompt: there is no column 'promt'; did you mean 'prompt'") as caught:
         load(config(path=path, prompt="promt"))
     assert "answer, source" in str(caught.value)
@@ -137,7 +130,7 @@ def test_missing_columns_name_those_that_are_there(tmp_path: Path) -> None:
 
 def test_sft_rows_have_completions_of_the_prompts_kind(tmp_path: Path) -> None:
     rows = [{"q": "1+1=", "a": 2, "text": "unused"}, {"q": "1+2=", "a": 3, "text": "unused"}]
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     splits = load(config(path=path, prompt="q", completion="a"), "sft")
     assert splits.train[0] == {"q": "1+1=", "a": 2, "prompt": "1+1=", "completion": "2"}
     assert splits.report["ignored_columns"] == ["text"]  # TRL would train on it instead
@@ -148,7 +141,7 @@ def test_sft_rows_have_completions_of_the_prompts_kind(tmp_path: Path) -> None:
 
 def test_a_conversation_is_split_before_its_last_turn_for_sft_and_refused_for_grpo(tmp_path: Path) -> None:
     user, assistant = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
-    path = write(tmp_path / "rows.jsonl", [{"messages": [user, assistant]}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user, assistant]}])
     row = load(config(path=path, prompt="messages"), "sft").train[0]
     assert row == {"prompt": [user], "completion": [assistant]}
     with pytest.raises(ValueError, match="row 0: the prompt ends with an assistant's message"):
@@ -161,7 +154,7 @@ def test_a_conversation_is_split_before_its_last_turn_for_sft_and_refused_for_gr
 def test_pairs_have_two_completions_of_the_prompts_kind(tmp_path: Path) -> None:
     right = {"prompt": "1+1=", "better": 2, "worse": 3, "chosen_ids": [1]}
     rows = [right, {"prompt": "1+2=", "better": 3}, {"prompt": "1+3=", "better": 4, "worse": 4}]
-    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), chosen="better", rejected="worse"), "dpo")
+    splits = load(config(path=write_rows(tmp_path / "rows.jsonl", rows), chosen="better", rejected="worse"), "dpo")
     (row,) = splits.train.to_list()
     assert row == {"prompt": "1+1=", "better": 2, "worse": 3, "chosen": "2", "rejected": "3"}
     assert splits.report["dropped"] == {"empty completion": 1, "equal completions": 1}
@@ -173,7 +166,7 @@ def test_pairs_of_whole_conversations_share_all_but_their_last_message(tmp_path:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     row = {"prompt": "not read", "chosen": [ask, good, ask, good], "rejected": [ask, good, ask, bad]}
-    path = write(tmp_path / "rows.jsonl", [row])
+    path = write_rows(tmp_path / "rows.jsonl", [row])
     shaped = load(config(path=path, system_prompt="Add."), "dpo", tokenizer).train[0]
     assert shaped["prompt"] == [{"role": "system", "content": "Add."}, ask, good, ask]
     assert (shaped["chosen"], shaped["rejected"]) == ([good], [bad])
@@ -182,16 +175,16 @@ def test_pairs_of_whole_conversations_share_all_but_their_last_message(tmp_path:
         ({"rejected": [ask, good, ask, ask]}, "row 0: rejected: the last message must be the assistant's"),
         ({"rejected": []}, "row 0: chosen and rejected must be one conversation"),
     ):
-        path = write(tmp_path / "bad.jsonl", [row | changed])
+        path = write_rows(tmp_path / "bad.jsonl", [row | changed])
         with pytest.raises(ValueError, match=message):
             load(config(path=path), "dpo", tokenizer)
 
 
 def test_pairs_without_their_columns_or_with_unknown_characters_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "reject": "3"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "reject": "3"}])
     with pytest.raises(ValueError, match="data.rejected: there is no column 'rejected'; did you mean 'reject'"):
         load(config(path=path), "dpo")
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "rejected": "３"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "chosen": "2", "rejected": "３"}])
     with pytest.raises(ValueError, match="row 0: rejected: the model's tokenizer does not know '３'"):
         load(config(path=path), "dpo")
 
@@ -207,7 +200,7 @@ def test_pairs_without_their_columns_or_with_unknown_characters_are_refused(tmp_
     ],
 )
 def test_malformed_prompts_name_the_row(tmp_path: Path, prompt: Any, message: str) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": prompt}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt}])
     with pytest.raises(ValueError, match=message) as caught:
         load(config(path=path, system_prompt="s"))
     assert "row 0" in str(caught.value)
@@ -215,7 +208,7 @@ def test_malformed_prompts_name_the_row(tmp_path: Path, prompt: Any, message: st
 
 def test_sources_are_text_and_survive_into_sft_rows(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}+1=", "completion": str(i + 1), "family": name} for i, name in enumerate("aabab")]
-    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="family"), "sft")
+    splits = load(config(path=write_rows(tmp_path / "rows.jsonl", rows), source="family"), "sft")
     assert splits.train["family"][:] == ["a", "a", "b", "a", "b"]
     assert splits.report["sources"] == {"a": 3, "b": 2}
     assert "sources" not in load(config(path=str(tmp_path / "rows.jsonl")), "sft").report
@@ -226,14 +219,14 @@ def test_sources_are_text_and_survive_into_sft_rows(tmp_path: Path) -> None:
 def test_numbers_become_names_of_sources_and_missing_ones_stay_missing(tmp_path: Path) -> None:
     # The number of rows makes the first batch that is written all missing.
     rows = [{"prompt": f"{i}=", "completion": "x", "id": None if i < 1500 else i % 2} for i in range(1502)]
-    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="id"), "sft")
+    splits = load(config(path=write_rows(tmp_path / "rows.jsonl", rows), source="id"), "sft")
     assert splits.train["id"][1498:] == [None, None, "0", "1"]
     assert splits.report["sources"] == {"": 1500, "0": 1, "1": 1}
 
 
 def test_sources_are_counted_after_held_out_and_dropped_rows_and_only_the_largest_are_reported(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}=", "completion": "x" if i else "", "source": f"s{i // 2}"} for i in range(48)]
-    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), source="source", eval={"size": 3}), "sft")
+    splits = load(config(path=write_rows(tmp_path / "rows.jsonl", rows), source="source", eval={"size": 3}), "sft")
     sources = splits.report["sources"]
     assert len(splits.train) == 44 and len(sources) == 20
     assert set(sources.values()) == {2} and not {"s0", "s22", "s23"} & set(sources)
@@ -242,7 +235,7 @@ def test_sources_are_counted_after_held_out_and_dropped_rows_and_only_the_larges
 
 def test_a_column_of_sources_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "family": ["x"], "text": "y", "number": 1}]
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match="data.source: there is no column 'familly'; did you mean 'family'"):
         load(config(path=path, source="familly"), "sft")
     with pytest.raises(ValueError, match=r"data.source: row 0 has \['x'\] as its family; it must be text or a number"):
@@ -253,14 +246,14 @@ def test_a_column_of_sources_that_cannot_be_one_is_refused(tmp_path: Path) -> No
 
 
 def test_names_of_reward_arguments_are_refused_as_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completions": "b"}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completions": "b"}])
     with pytest.raises(ValueError, match="'completions' has the name .* rename"):
         load(config(path=path))
 
 
 def test_empty_and_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
     prompts = ["ab", "", "  ", None, "abcdefgh", "abc"]
-    path = write(tmp_path / "rows.jsonl", [{"prompt": p} for p in prompts])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": p} for p in prompts])
     splits = load(config(path=path, max_prompt_tokens=4))
     assert splits.train["prompt"][:] == ["ab", "abc"]
     assert splits.report["dropped"] == {"empty prompt": 3, "long prompt": 1}
@@ -272,12 +265,12 @@ def test_empty_and_long_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
 
 
 def test_the_first_dropped_row_may_come_late(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 1500 + [{"prompt": None}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 1500 + [{"prompt": None}])
     assert load(config(path=path)).report["dropped"] == {"empty prompt": 1}
 
 
 def test_characters_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "deux"}, {"prompt": "2÷1=", "completion": "é"}]
     )
     with pytest.raises(ValueError, match="row 1: prompt: .* does not know '÷'"):
@@ -287,7 +280,7 @@ def test_characters_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> N
 
 
 def test_chat_prompts_need_a_chat_template(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
     tokenizer = character_tokenizer()
     assert load(config(path=path, chat=True)).report["prompt_tokens"]["max"] == 6  # the text and two role tokens
     tokenizer.chat_template = None
@@ -300,7 +293,7 @@ def test_chat_prompts_need_a_chat_template(tmp_path: Path) -> None:
 
 def test_rows_with_a_null_in_the_template_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [{"q": "1+1", "hint": "add"}, {"q": "1+2", "hint": None}, {"q": "1+3"}, {"q": "1+4", "hint": ""}]
-    splits = load(config(path=write(tmp_path / "rows.jsonl", rows), prompt_template="{hint}: {q}="))
+    splits = load(config(path=write_rows(tmp_path / "rows.jsonl", rows), prompt_template="{hint}: {q}="))
     assert splits.train["prompt"][:] == ["add: 1+1=", ": 1+4="]
     assert splits.report["dropped"] == {"null in prompt_template": 2}
     assert fill("{a[x]} {b:>{width}}", {"a": {"x": 43.0}, "b": 7, "width": 3}) == "43   7"
@@ -312,11 +305,11 @@ def test_rows_with_a_null_in_the_template_are_dropped_and_counted(tmp_path: Path
 
 def test_columns_of_any_name_reach_the_rewards(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1=", "drop_reason": "none", "siftrl_row": 7, "measured": [1]}] * 2
-    assert load(config(path=write(tmp_path / "rows.jsonl", rows))).train[1] == rows[1]
+    assert load(config(path=write_rows(tmp_path / "rows.jsonl", rows))).train[1] == rows[1]
 
 
 def test_a_completion_is_text_a_number_or_messages(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": {"answer": 2}}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": {"answer": 2}}])
     with pytest.raises(ValueError, match="row 0: completion: must be text, a number or a list of messages, not {'ans"):
         load(config(path=path), "sft")
 
@@ -324,16 +317,16 @@ def test_a_completion_is_text_a_number_or_messages(tmp_path: Path) -> None:
 def test_one_set_holds_plain_prompts_or_chat_messages(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"prompt": None}, {"prompt": "hi"}, {"prompt": [{"role": "user", "content": "hi"}]}]
     with pytest.raises(ValueError, match="row 2: one set cannot hold both plain prompts and chat messages"):
-        load(config(path=write(tmp_path / "rows.jsonl", rows)))
+        load(config(path=write_rows(tmp_path / "rows.jsonl", rows)))
     chat = [{"prompt": []}] * 1001 + rows[2:]  # the first rows that are written have no message
-    assert load(config(path=write(tmp_path / "rows.jsonl", chat))).train["prompt"][:] == [rows[2]["prompt"]]
+    assert load(config(path=write_rows(tmp_path / "rows.jsonl", chat))).train["prompt"][:] == [rows[2]["prompt"]]
 
 
 # ------------------------------------------------------------------------------------------------------- held out
 
 
 def test_held_out_rows_come_from_the_end_and_leave_training(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS[:10] + ROWS[3:5])  # the last two occur before as well
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:10] + ROWS[3:5])  # the last two occur before as well
     splits = load(config(path=path, eval={"size": 2}))
     assert splits.eval["prompt"][:] == [row["prompt"] for row in ROWS[3:5]]
     assert splits.train["prompt"][:] == [row["prompt"] for row in ROWS[:3] + ROWS[5:10]]
@@ -344,7 +337,7 @@ def test_held_out_rows_come_from_the_end_and_leave_training(tmp_path: Path) -> N
 
 
 def test_held_out_rows_of_their_own_file(tmp_path: Path) -> None:
-    train, held = write(tmp_path / "train.jsonl", ROWS), write(tmp_path / "held.jsonl", ROWS[18:] * 2)
+    train, held = write_rows(tmp_path / "train.jsonl", ROWS), write_rows(tmp_path / "held.jsonl", ROWS[18:] * 2)
     splits = load(config(path=train, eval={"path": held, "size": 3}))
     assert (len(splits.train), len(splits.eval)) == (18, 3)
     with pytest.raises(ValueError, match="every training prompt is also held out"):

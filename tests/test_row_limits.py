@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
+from conftest import write_rows
 from pydantic import TypeAdapter
 
 from siftrl.data import load_data
@@ -20,15 +19,7 @@ TOKENIZER = character_tokenizer()
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("data_cache")
 
 
 def config(**keys: Any) -> DataConfig:
@@ -43,7 +34,7 @@ def test_rows_over_max_length_are_counted_as_trl_treats_them(tmp_path: Path) -> 
     """Prompt, completion and the end's token: rows of 6, 7, 8 and 12 tokens, and one whose prompt alone has 6."""
     sizes = [(2, 3), (2, 4), (2, 5), (2, 9), (6, 3)]
     rows = [{"prompt": "p" * p, "completion": "c" * c, "chosen": "c" * c, "rejected": "r"} for p, c in sizes]
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     limits = RowLimits(max_length=6, drops_full_prompts=True)
     for kind in ("sft", "dpo"):
         splits = load(config(path=path), kind, limits=limits)
@@ -66,7 +57,7 @@ def test_cut_and_dropped_rows_are_those_of_trls_trainer(tmp_path: Path, tiny_mod
         for p in range(1, 9)
         for c in (1, 4)
     ]
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     trainer_of, config_of = (SFTTrainer, SFTConfig) if kind == "sft" else (DPOTrainer, DPOConfig)
     for chat in (False, True):
         data = config(path=path, chat=chat)
@@ -113,7 +104,7 @@ def test_what_a_stage_takes_is_read_from_its_trainers_options(tiny_model: str) -
 
 
 def test_rows_that_the_model_cannot_read_are_refused_by_name(tmp_path: Path) -> None:
-    path = write(
+    path = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "p" * 4, "completion": "c"}, {"prompt": "p" * 9, "completion": "c"}]
     )
     with pytest.raises(
@@ -131,7 +122,7 @@ def test_rows_that_the_model_cannot_read_are_refused_by_name(tmp_path: Path) -> 
 
 
 def test_too_few_rows_for_a_step_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="a step takes 17 rows, but there are 16 .* lower prompts_per_step"):
         load(config(path=path, eval={"size": 4}), limits=RowLimits(rows=17, rows_key="prompts_per_step"))
     assert len(load(config(path=path), limits=RowLimits(rows=20)).train) == 20
@@ -142,7 +133,7 @@ def test_a_token_that_the_model_does_not_embed_refuses_its_row(tmp_path: Path) -
     limits = RowLimits(num_embeddings=len(tokenizer))
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     rows = [{"prompt": "hi", "completion": "a"}, {"prompt": "hi", "completion": "an <image>"}]
-    path = write(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     assert len(load(config(path=path), "grpo", tokenizer, limits).train) == 2
     with pytest.raises(ValueError, match="row 1: completion: holds token 102, but the model embeds only 102 tokens"):
         load(config(path=path), "sft", tokenizer, limits)
@@ -152,13 +143,13 @@ def test_what_a_chat_template_refuses_is_one_line_with_the_row(tmp_path: Path) -
     tokenizer = character_tokenizer()
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refuses + TOKENIZER.chat_template
-    path = write(tmp_path / "rows.jsonl", ROWS)
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="row 0: .* refuses its messages: System role .*; remove data.system_prompt"):
         load(config(path=path, system_prompt="be brief"), tokenizer=tokenizer)
     user = {"role": "user", "content": "hi"}
     rows = [{"prompt": [user]}, {"prompt": [{"role": "system", "content": "s"}, user]}]
     with pytest.raises(ValueError, match="row 1: .* System role not supported$"):
-        load(config(path=write(tmp_path / "rows.jsonl", rows)), tokenizer=tokenizer)
+        load(config(path=write_rows(tmp_path / "rows.jsonl", rows)), tokenizer=tokenizer)
 
 
 def test_the_context_of_a_stretched_model_is_the_stretched_one() -> None:
@@ -186,7 +177,7 @@ def test_a_stage_ends_before_its_model_is_loaded_where_it_cannot_take_its_rows(t
     for file in folder.glob("tokenizer*"):
         file.unlink()
     tokenizer.save_pretrained(folder)
-    path = write(tmp_path / "rows.jsonl", [row | {"completion": "0"} for row in ROWS])
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"completion": "0"} for row in ROWS])
     grpo = {"kind": "grpo", "completions_per_prompt": 4, "micro_batch_size": 8, "rollout": {"max_completion_tokens": 4}}
     for stage, data, message in (
         (grpo | {"prompts_per_step": 32}, {}, "a step takes 32 rows, but there are 20 .* lower prompts_per_step"),
